@@ -1,0 +1,1 @@
+"""Checkpoint to smaller checkpoint: distillation, pruning and 8-bit quantization."""

@@ -1,0 +1,1 @@
+"""Checkpoint to something a server runs: graphs, their runtimes, parity and bundles."""

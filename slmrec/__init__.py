@@ -1,0 +1,1 @@
+"""The domain: interactions, models, training, evaluation and the command line of slmcompress."""

@@ -1,0 +1,1 @@
+"""The command line: flags to a config, one library call, one print."""

@@ -1,0 +1,80 @@
+"""slmcompress: a trained LLM recommender in, a small, fast and verified one out."""
+
+import errno
+import importlib.util
+import sys
+from pathlib import Path
+
+import click
+
+from slmrec.cli import artifacts, bench, build, data, demo, doctor, train
+from slmrec.errors import ConfigError, SlmrecError
+
+MACHINE_FAULTS = {
+    errno.ENOSPC: "free some disk space, or another --output or --runs",
+    errno.EDQUOT: "free some disk space, or another --output or --runs",
+    errno.EACCES: "a folder you may write to (--output or --runs)",
+    errno.EROFS: "a folder you may write to (--output or --runs)",
+}
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="slmcompress")
+@click.option("--runs", type=click.Path(path_type=Path), help="Folder of default inputs and outputs  [default: $SLMCOMPRESS_RUNS or ./runs]")
+def main(runs: Path | None) -> None:
+    """Distil, quantize and export an LLM recommender, and measure accuracy against latency.
+
+    The stages work as typed, one after the other:
+
+    \b
+      slmcompress data ml-100k      slmcompress distill
+      slmcompress train-items       slmcompress quantize --bits 8
+      slmcompress train-teacher     slmcompress export
+
+    or all of them at once: slmcompress demo
+    """
+
+
+for command in (
+    demo.demo, doctor.doctor, data.data, train.train_items, train.train_teacher, build.distill, build.prune,
+    build.quantize, build.export, artifacts.bundle, artifacts.verify, bench.evaluate, bench.benchmark, artifacts.recommend,
+):  # fmt: skip
+    main.add_command(command)
+
+
+def run() -> None:
+    """The console script: errors a user can act on end with their message and exit code 2, Ctrl-C with 130."""
+    try:
+        _require_own_siblings()
+        main(standalone_mode=False)
+    except click.exceptions.Abort:
+        click.echo("interrupted; the same command resumes it", err=True)
+        sys.exit(130)
+    except KeyboardInterrupt:
+        click.echo("interrupted; the same command resumes it", err=True)
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except SlmrecError as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(2)
+    except OSError as error:
+        remedy = MACHINE_FAULTS.get(error.errno or 0)
+        if remedy is None:
+            raise
+        click.echo(f"Error: {error.strerror}: {error.filename or 'while writing'}\nTry: {remedy}", err=True)
+        sys.exit(2)
+
+
+def _require_own_siblings() -> None:
+    """`compress` and `export` are common names: another distribution may have put its own before ours."""
+    home = Path(__file__).resolve().parents[2]
+    for name in ("compress", "export"):
+        spec = importlib.util.find_spec(name)
+        origin = Path(spec.origin).resolve() if spec and spec.origin else None
+        if origin is None or origin.parent.parent != home:
+            raise ConfigError(
+                f"the package {name!r} is {origin or 'missing'}, not the one of slmcompress in {home}",
+                remedy="a virtual environment of its own for slmcompress",
+            )

@@ -1,0 +1,85 @@
+"""Options that several commands share, and what every command does with its result."""
+
+import json
+import os
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from slmrec.errors import ConfigError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def runs_folder() -> Path:
+    """Where artefacts lie by default: --runs, else SLMCOMPRESS_RUNS, else ./runs."""
+    root = click.get_current_context().find_root()
+    return Path(root.params.get("runs") or os.environ.get("SLMCOMPRESS_RUNS") or "runs")
+
+
+def common_options(command: Command) -> Command:
+    """--config, --seed, --device, --json and --force, which every stage takes."""
+    for option in (
+        click.option("--force", is_flag=True, help="Replace an artefact made with other settings or inputs."),
+        click.option("--json", "as_json", is_flag=True, help="One JSON object alone on stdout; progress on stderr."),
+        click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
+        click.option("--seed", type=int, default=0, show_default=True, help="Of everything random."),
+        click.option("--runs", type=click.Path(path_type=Path), expose_value=False, callback=_set_runs, is_eager=True,
+                     help="Folder of default inputs and outputs  [default: $SLMCOMPRESS_RUNS or ./runs]"),
+        click.option("-c", "--config", type=click.Path(dir_okay=False, path_type=Path), is_eager=True,
+                     expose_value=False, callback=_read_config, help="TOML file with any flag of the command."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def model_option(command: Command) -> Command:
+    """-m/--model: the input artefact."""
+    return click.option("-m", "--model", type=click.Path(path_type=Path), help="Input artefact.")(command)
+
+
+def data_option(command: Command) -> Command:
+    """-d/--data: the dataset."""
+    return click.option("-d", "--data", type=click.Path(path_type=Path), help="Dataset  [default: RUNS/data]")(command)
+
+
+def output_option(default: str) -> Callable[[Command], Command]:
+    """-o/--output: where the artefact goes."""
+    return click.option("-o", "--output", type=click.Path(path_type=Path), help=f"Output folder  [default: RUNS/{default}]")
+
+
+def say(message: str) -> None:
+    """Progress and choices go to stderr, so that stdout stays one JSON object or one result."""
+    click.echo(message, err=True)
+
+
+def print_result(result: Mapping[str, Any], text: str, *, as_json: bool) -> None:
+    """The one print of a command."""
+    click.echo(json.dumps(result, allow_nan=False) if as_json else text)
+
+
+def _set_runs(context: click.Context, _: click.Parameter, value: Path | None) -> None:
+    if value is not None:
+        context.find_root().params["runs"] = value
+
+
+def _read_config(context: click.Context, _: click.Parameter, path: Path | None) -> None:
+    if path is None:
+        return
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist", remedy="-c FILE.toml with lines such as num-layers = 4") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}", remedy="lines such as num-layers = 4") from None
+    names = {flag.lstrip("-"): parameter.name for parameter in context.command.params for flag in parameter.opts}
+    unknown = [name for name in values if name.replace("_", "-") not in names]
+    if unknown:
+        raise ConfigError(
+            f"{path} sets {unknown[0]!r}, which is no flag of {context.info_name}",
+            remedy=f"one of {', '.join(sorted(name for name in names if len(name) > 1))}",
+        )
+    context.default_map = {names[name.replace("_", "-")]: value for name, value in values.items()}  # type: ignore[misc]

@@ -1,0 +1,1 @@
+"""Recommender models and the layers that a checkpoint may hold."""
