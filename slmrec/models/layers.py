@@ -1,0 +1,55 @@
+"""Layer types that a checkpoint may hold besides those of its decoder family."""
+
+import torch
+from jaxtyping import Float, Int8
+from torch import Tensor, nn
+
+
+def quantize_rows(values: Float[Tensor, "... width"]) -> tuple[Int8[Tensor, "... width"], Float[Tensor, "... 1"]]:
+    """Round each row to -127..127 by a scale of its own: symmetric, no zero point; a zero row keeps scale 0.
+
+    A row's result depends on that row alone, so a user's activations do not depend on who shares the batch.
+
+    >>> quantized, scale = quantize_rows(torch.tensor([[-127.0, 63.4, 0.0]]))
+    >>> quantized.tolist(), scale.tolist()
+    ([[-127, 63, 0]], [[1.0]])
+    """
+    scale = values.abs().amax(dim=-1, keepdim=True) / 127
+    inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
+    return (values * inverse).round().to(torch.int8), scale
+
+
+class Int8Linear(nn.Module):
+    """Linear layer with int8 weights per output channel and int8 activations per token.
+
+    Products of 8-bit integers are summed exactly in int32; the two scales are applied once, to the sums.
+    Inference only: no gradient passes the rounding.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8))
+        self.register_buffer("scale", torch.zeros(out_features))
+        self.register_buffer("bias", torch.zeros(out_features) if bias else None)
+        self.weight: Tensor
+        self.scale: Tensor
+        self.bias: Tensor | None
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear) -> "Int8Linear":
+        """Quantize the weights of a trained layer."""
+        layer = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
+        quantized, scale = quantize_rows(linear.weight.detach().float())
+        layer.weight.copy_(quantized)
+        layer.scale.copy_(scale[:, 0])
+        if layer.bias is not None:
+            layer.bias.copy_(linear.bias.detach())
+        return layer
+
+    def forward(self, inputs: Float[Tensor, "... inputs"]) -> Float[Tensor, "... outputs"]:
+        """inputs @ weight.T + bias, in 8 bits."""
+        quantized, scale = quantize_rows(inputs.float())
+        sums = torch._int_mm(quantized.reshape(-1, self.in_features), self.weight.t())
+        outputs = sums.reshape(*inputs.shape[:-1], self.out_features).float() * scale * self.scale
+        return outputs if self.bias is None else outputs + self.bias

@@ -1,0 +1,73 @@
+"""The instruction around the items, and where every token stands (E4SRec and SLMRec, see their templates)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+INSTRUCTION = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n### Instruction:\nGiven the user’s purchase "
+    "history, predict next possible item to be purchased.\n\n### Input:\n"
+)
+RESPONSE = "\n### Response:\n"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Lengths that place a token: prefix, the window of items, suffix; and the convention."""
+
+    prefix_length: int
+    suffix_length: int
+    max_history: int
+    positions: str
+    """compact or padded."""
+
+
+def prompt_texts(prompt: str) -> tuple[str, str]:
+    """Text before and after the items.
+
+    >>> [bool(text) for name in ("slmrec", "prefix", "none") for text in prompt_texts(name)]
+    [True, True, True, False, False, False]
+    """
+    return INSTRUCTION if prompt in ("slmrec", "prefix") else "", RESPONSE if prompt == "slmrec" else ""
+
+
+def prompt_embeddings(
+    backbone: Path, embeddings: Float[Tensor, "vocabulary hidden"], prompt: str
+) -> tuple[Float[Tensor, "prefix hidden"], Float[Tensor, "suffix hidden"]]:
+    """Token embeddings of the text before and after the items; no BOS is added."""
+    before, after = (token_ids(backbone, text) for text in prompt_texts(prompt))
+    return embeddings[before].clone(), embeddings[after].clone()
+
+
+def token_ids(backbone: Path, text: str) -> Int64[Tensor, " tokens"]:
+    """Tokens of a text by the backbone's own tokenizer, without special tokens."""
+    if not text:
+        return torch.zeros(0, dtype=torch.int64)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(backbone)
+    return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+
+
+def item_positions(item_ids: Int64[Tensor, "batch history"], layout: Layout) -> Int64[Tensor, "batch history"]:
+    """Position of every item; pads get the position of the first item, and are masked.
+
+    compact counts real tokens. padded puts item j at prefix + (max_history - length) + j whatever the width.
+    """
+    width = item_ids.shape[1]
+    if layout.positions == "padded":
+        columns = torch.arange(width, device=item_ids.device) + layout.prefix_length + layout.max_history - width
+        return columns.expand_as(item_ids)
+    return layout.prefix_length + ((item_ids != 0).cumsum(dim=1) - 1).clamp(min=0)
+
+
+def suffix_positions(item_ids: Int64[Tensor, "batch history"], layout: Layout) -> Int64[Tensor, "batch suffix"]:
+    """Positions of the response tokens: right after the newest item."""
+    offsets = torch.arange(layout.suffix_length, device=item_ids.device)
+    if layout.positions == "padded":
+        return (layout.prefix_length + layout.max_history + offsets).expand(len(item_ids), -1)
+    return layout.prefix_length + (item_ids != 0).sum(dim=1, keepdim=True) + offsets

@@ -1,0 +1,101 @@
+"""From a model's scores to a ranked list: the call that every PyTorch model answers alike."""
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int64
+from torch import Tensor, nn
+
+from slmrec.errors import CheckError
+from slmrec.recommender import PAD, Histories, TopK, check_top_k
+
+MAX_TOP_K = 3840
+"""TensorRT's limit; the same for every artefact."""
+
+
+class ScoringModel(Protocol):
+    """What a model has to offer to be ranked."""
+
+    num_items: int
+    max_history: int
+
+    def score(self, item_ids: Int64[Tensor, "batch history"]) -> Float[Tensor, "batch items"]:
+        """Scores of the items 1..num_items (column i is item i + 1) after each left-padded history."""
+        ...
+
+
+def top_k(scores: Float32[Tensor, "batch items"], k: int) -> tuple[Tensor, Tensor]:
+    """Ids (column + 1) and scores of the k best, best first, ties by smaller id.
+
+    `torch.topk` leaves the order of ties open; a float's bits and its column make one integer key without ties.
+    """
+    bits = (scores + 0.0).view(torch.int32).to(torch.int64)  # + 0.0 makes -0.0 equal 0.0
+    ordered = torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
+    columns = torch.arange(scores.shape[1], device=scores.device)
+    keys = (ordered << 32) | (0xFFFFFFFF - columns)
+    best = 0xFFFFFFFF - (torch.topk(keys, min(k, scores.shape[1])).values & 0xFFFFFFFF)
+    return best + 1, scores.gather(1, best)
+
+
+class TorchRecommender:
+    """A PyTorch model as a recommender; users are batched with others of exactly their own history length."""
+
+    def __init__(self, model: nn.Module, device: str = "auto", batch_size: int = 256) -> None:
+        self.device = resolve_device(device)
+        self.model = model.to(self.device).eval()
+        self.batch_size = batch_size
+
+    @property
+    def num_items(self) -> int:
+        """Items 1..num_items can be recommended."""
+        return int(self.model.num_items)
+
+    @property
+    def max_top_k(self) -> int:
+        """Largest k that `recommend` accepts."""
+        return MAX_TOP_K
+
+    @torch.inference_mode()
+    def recommend(self, histories: Histories, k: int) -> TopK:
+        """Rank the catalogue for each history."""
+        histories.check(self.num_items)
+        check_top_k(k, self.max_top_k)
+        was_training = self.model.training
+        self.model.eval()
+        windows = histories.item_ids.newest(int(self.model.max_history))
+        items = np.full((len(histories), k), PAD, dtype=np.int64)
+        scores = np.full((len(histories), k), -np.inf, dtype=np.float32)
+        for length in np.unique(windows.lengths):
+            group = np.flatnonzero(windows.lengths == length)
+            for start in range(0, len(group), self.batch_size):
+                rows = group[start : start + self.batch_size]
+                padded = windows.select(rows).pad_left(int(length))
+                found, found_scores = self._rank(padded, histories.select(rows), k)
+                items[rows, : found.shape[1]], scores[rows, : found.shape[1]] = found, found_scores
+        self.model.train(was_training)
+        return TopK(items, scores)
+
+    def _rank(self, padded: np.ndarray, histories: Histories, k: int) -> tuple[np.ndarray, np.ndarray]:
+        scores = self.model.score(torch.from_numpy(padded).to(self.device)).float()
+        if torch.isnan(scores).any():
+            raise CheckError(
+                "the model gives NaN scores", remedy="train it again with a smaller --learning-rate, or check its source"
+            )
+        for ids in (histories.item_ids, histories.exclude_ids):
+            rows = np.repeat(np.arange(len(ids)), ids.lengths)
+            scores[torch.from_numpy(rows), torch.from_numpy(ids.values - 1)] = -torch.inf
+        items, best = top_k(scores, k)
+        items = torch.where(best == -torch.inf, PAD, items)
+        return items.cpu().numpy(), best.cpu().numpy()
+
+
+def resolve_device(device: str) -> torch.device:
+    """auto is a GPU where there is one; asking for a GPU that is not there is an error."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        from slmrec.errors import ConfigError
+
+        raise ConfigError("device=cuda, but PyTorch sees no GPU here", remedy="--device cpu, or slmcompress doctor")
+    return torch.device(device)

@@ -1,0 +1,36 @@
+"""Title vectors: what the backbone's own token embeddings say of an item."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from slmrec.catalogue import Catalogue
+
+
+def title_vectors(
+    items: Catalogue, backbone: Path, embeddings: Float[Tensor, "vocabulary hidden"]
+) -> Float[Tensor, "items_plus_pad hidden"]:
+    """Mean token embedding of each item's title and categories, centred over items, each of RMS 1.
+
+    Row 0 (padding) and items without a title are zero.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(backbone)
+    texts = _texts(items)
+    tokens = tokenizer([text for text in texts if text], add_special_tokens=False)["input_ids"]
+    known = torch.tensor([row + 1 for row, text in enumerate(texts) if text], dtype=torch.int64)
+    means = torch.stack([embeddings[torch.tensor(ids)].mean(dim=0) for ids in tokens])
+    centred = means - means.mean(dim=0)
+    scale = centred.pow(2).mean(dim=1, keepdim=True).sqrt()
+    vectors = embeddings.new_zeros(len(items) + 1, embeddings.shape[1])
+    vectors[known] = torch.where(scale > 0, centred / scale, torch.zeros_like(centred))
+    return vectors
+
+
+def _texts(items: Catalogue) -> Sequence[str]:
+    pairs = zip(items.titles, items.categories, strict=True)
+    return [" ".join(part for part in pair if part) if pair[0] else "" for pair in pairs]

@@ -1,0 +1,172 @@
+"""train-teacher: the first layers of a pretrained decoder as a recommender (E4SRec, arXiv:2312.02443)."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slmrec.artifact import Artifact, Stage, canonical_hash, file_sha256, is_up_to_date, open_artifact, publish, work_folder
+from slmrec.catalogue import load_catalogue, require_same_catalogue
+from slmrec.config import TeacherConfig, settings_of
+from slmrec.dataset import Dataset
+from slmrec.errors import ArtifactError
+from slmrec.evaluate import validation_ndcg
+from slmrec.models.checkpoint import load_model, save_checkpoint
+from slmrec.models.decoder import DecoderModel, DecoderSpec, decoder_settings
+from slmrec.models.prompt import prompt_embeddings
+from slmrec.models.ranking import TorchRecommender, resolve_device
+from slmrec.models.sasrec import Sasrec
+from slmrec.models.titles import title_vectors
+from slmrec.samples import NextItemObjective, training_samples
+from slmrec.sequences import validation_cases
+from slmrec.sources import backbone_folder
+from slmrec.train import Task, train
+
+ITEM_PARAMETERS = ("item_table", "item_proj", "user_proj", "item_head", "title_input", "title_table", "adapters")
+"""Parameters that learn at the item learning rate; all others belong to the decoder."""
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A pretrained decoder, cut to its first layers."""
+
+    name: str
+    folder: Path
+    decoder: Any
+    """The transformers model, token embedding included."""
+
+    @property
+    def embeddings(self) -> Tensor:
+        """Token embeddings, [vocabulary, hidden]."""
+        return self.decoder.embed_tokens.weight.detach()  # type: ignore[no-any-return]
+
+    @property
+    def token_rms(self) -> float:
+        """Root mean square of a token embedding's entries: the scale a decoder expects at its input."""
+        return float(self.embeddings.pow(2).mean().sqrt())
+
+
+def load_backbone(name: str, num_layers: int) -> Backbone:
+    """Load the first layers of a named source, a local folder or a hub id, in fp32."""
+    from transformers import AutoConfig, AutoModel
+
+    folder = backbone_folder(name)
+    config = AutoConfig.from_pretrained(folder)
+    decoder_settings(config, num_layers)  # refuses another family or too many layers before anything is loaded
+    config.num_hidden_layers = num_layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:num_layers]
+    decoder = AutoModel.from_pretrained(folder, config=config, dtype=torch.float32, attn_implementation="sdpa")
+    return Backbone(name, folder, decoder)
+
+
+def backbone_hash(name: str) -> str:
+    """Hash of a backbone's config and weights."""
+    folder = backbone_folder(name)
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    return canonical_hash({file.name: file_sha256(file) for file in files})
+
+
+def build_teacher(config: TeacherConfig, items: Artifact, data: Dataset) -> DecoderModel:
+    """A teacher before training: pretrained layers, the item table of `items`, title vectors where known."""
+    sasrec = load_model(items)
+    if not isinstance(sasrec, Sasrec):
+        raise ArtifactError(f"{items.path} holds no item table", remedy="slmcompress train-items")
+    backbone = load_backbone(config.backbone, config.num_layers)
+    prefix, suffix = prompt_embeddings(backbone.folder, backbone.embeddings, config.recipe.prompt)
+    torch.manual_seed(config.train.seed)
+    model = DecoderModel(
+        DecoderSpec(
+            decoder=decoder_settings(backbone.decoder.config, config.num_layers),
+            recipe=config.recipe,
+            num_items=data.num_items,
+            item_dim=sasrec.config.hidden_size,
+            max_history=config.window.max_history,
+            prefix_length=len(prefix),
+            suffix_length=len(suffix),
+            has_titles=config.recipe.titles == "auto" and data.items.has_titles,
+            backbone=config.backbone,
+            share_prefix=config.share_prefix,
+        )
+    )
+    weights = {name: value for name, value in backbone.decoder.state_dict().items() if "embed_tokens" not in name}
+    model.decoder.load_state_dict(weights)
+    with torch.no_grad():
+        model.prefix.copy_(prefix)
+        model.suffix.copy_(suffix)
+        model.item_table.weight.copy_(sasrec.item_table.weight)
+        if model.titles is not None:
+            model.titles.copy_(title_vectors(data.items, backbone.folder, backbone.embeddings))
+    scale_item_inputs(model, backbone.token_rms)
+    return model
+
+
+@torch.no_grad()
+def scale_item_inputs(model: DecoderModel, token_rms: float) -> None:
+    """Start item inputs at the RMS of token embeddings, titles and ids in equal parts."""
+    share = token_rms / (2**0.5 if model.title_input is not None else 1.0)
+    vectors = model.item_proj(model.item_table.weight[1:])
+    model.item_proj.weight.mul_(share / vectors.pow(2).mean().sqrt())
+    model.item_proj.bias.zero_()
+    if model.title_input is not None:
+        model.title_input.weight.copy_(torch.eye(model.hidden_size) * share)
+    if model.title_table is not None:
+        model.title_table.weight.zero_()
+
+
+def train_teacher(
+    items: Artifact, data: Dataset, output: Path, config: TeacherConfig, *, device: str = "auto", force: bool = False
+) -> tuple[Artifact, bool]:
+    """Train the teacher; gives the artefact and whether it was there already."""
+    require_same_catalogue(
+        load_catalogue(items.path), data.items, model_name=str(items.path), data_name=str(data.artifact.path)
+    )
+    settings = settings_of(config) | {"backbone_hash": backbone_hash(config.backbone)}
+    stage = Stage(
+        name="train-teacher", kind="checkpoint", settings=settings, parents={"items": items, "data": data.artifact}
+    )
+    if is_up_to_date(output, stage, force=force):
+        return open_artifact(output), True
+    model = build_teacher(config, items, data)
+    if config.tuning == "lora":
+        model.decoder = _with_lora(model.decoder)
+    work = work_folder(output)
+    log = _fit(model, data, config, work, stage.key, device)
+    if config.tuning == "lora":
+        model.decoder = model.decoder.merge_and_unload()
+    with publish(output, stage) as folder:
+        save_checkpoint(folder, model.cpu(), log)
+        data.items.save(folder)
+    shutil.rmtree(work)
+    return open_artifact(output), False
+
+
+def _fit(
+    model: DecoderModel, data: Dataset, config: TeacherConfig, work: Path, key: str, device: str
+) -> list[dict[str, Any]]:
+    recipe = config.recipe
+    samples = training_samples(
+        data.sequences, config.window, recipe.supervision, after_suffix=recipe.prompt == "slmrec"
+    )
+    cases = validation_cases(data.sequences)
+    target = resolve_device(device)
+    task = Task(
+        title="train-teacher",
+        objective=NextItemObjective(model),
+        lengths=samples.lengths,
+        batch=samples.batch,
+        validate=lambda: validation_ndcg(TorchRecommender(model, target.type), cases),
+        item_parameters=ITEM_PARAMETERS,
+    )
+    return train(task, config.train, work, key, target).log
+
+
+def _with_lora(decoder: Any) -> Any:
+    """LoRA r=16, alpha=16, dropout 0.05 on gate, up and down projections; the base frozen (SLMRec, appendix)."""
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(r=16, lora_alpha=16, lora_dropout=0.05, target_modules=["gate_proj", "up_proj", "down_proj"])
+    return get_peft_model(decoder, lora)
