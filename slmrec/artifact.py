@@ -264,17 +264,19 @@ def _manifest(folder: Path, output: Path, stage: Stage) -> dict[str, Any]:
 
 def _lineage(stage: Stage) -> list[dict[str, Any]]:
     """Every ancestor once, oldest first."""
-    seen: dict[str, dict[str, Any]] = {}
+    seen: dict[tuple[str, str], dict[str, Any]] = {}
     for parent in stage.parents.values():
         own = {"stage": parent.stage, "kind": parent.kind, "hash": parent.hash, "settings": parent.settings}
         for entry in [*parent.manifest["lineage"], own]:
-            seen.setdefault(entry["hash"], entry)
+            seen.setdefault((entry["stage"], entry["hash"]), entry)
     return list(seen.values())
 
 
 def _changed_settings(manifest: Mapping[str, Any], stage: Stage) -> str:
     old, new = manifest["settings"], json.loads(json.dumps(dict(stage.settings), default=str))
-    changed = [f"{name}: {old.get(name)} -> {new.get(name)}" for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+    changed = [
+        f"{name}: {old.get(name)} -> {new.get(name)}" for name in sorted({*old, *new}) if old.get(name) != new.get(name)
+    ]
     return "; ".join(changed[:5]) if changed else "its inputs changed"
 
 

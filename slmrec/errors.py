@@ -2,10 +2,10 @@
 
 
 class SlmrecError(Exception):
-    """A problem the user can solve; the command line prints it without a traceback and exits with 2.
+    r"""A problem the user can solve; the command line prints it without a traceback and exits with 2.
 
     >>> str(SlmrecError("runs/teacher is empty", remedy="slmcompress train-teacher"))
-    'runs/teacher is empty\\nTry: slmcompress train-teacher'
+    'runs/teacher is empty\nTry: slmcompress train-teacher'
     """
 
     def __init__(self, problem: str, *, remedy: str) -> None:

@@ -9,8 +9,8 @@ import numpy as np
 from slmrec.errors import CheckError
 from slmrec.metrics import Interval, hit_rate, mean_intervals, ndcg, ranks_of_targets, reciprocal_rank
 from slmrec.ragged import Ragged
-from slmrec.recommender import PAD, Recommender, TopK
-from slmrec.sequences import Cases
+from slmrec.recommender import PAD, Histories, Recommender, TopK
+from slmrec.sequences import Cases, test_cases, validation_cases
 
 LIST_LENGTH = 100
 """Items asked for; the mean reciprocal rank is cut off here."""
@@ -53,7 +53,7 @@ class Accuracy:
         return f"MRR@{self.mrr_cutoff}"
 
     def to_json(self) -> dict[str, Any]:
-        """The accuracy object of benchmark.json; what concerns single users stays in memory."""
+        """Give the accuracy object of benchmark.json; what concerns single users stays in memory."""
         return {
             **{name: interval.estimate for name, interval in self.metrics.items()},
             "num_users": self.num_users,
@@ -64,7 +64,7 @@ class Accuracy:
         }
 
     def to_text(self) -> str:
-        """A small table for the terminal."""
+        """Lay out a small table for the terminal."""
         lines = [f"{self.protocol}; {self.num_users} users, 95 % bootstrap intervals"]
         for name, interval in self.metrics.items():
             label = self.mrr_label if name == "mrr" else name.upper()
@@ -83,7 +83,7 @@ def evaluate(
     *,
     protocol: str,
     batch_size: int = 256,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Accuracy:
     """Ask for each user's list as a client would, and look where the target stands in it.
 
@@ -92,7 +92,7 @@ def evaluate(
         cases: users with their past and their target.
         protocol: what the figures will be labelled with.
         batch_size: users in a call.
-        progress: called after each batch with users done and users in all.
+        progress: called after each batch with the number of users in it.
 
     Raises:
         CheckError: a list is not one that `Recommender.recommend` promises (NaN, duplicates, excluded items), or is
@@ -110,9 +110,26 @@ def evaluate(
         ranks[rows] = ranks_of_targets(answer.item_ids, batch.targets)
         top_10[rows] = answer.item_ids[:, :10]
         if progress is not None:
-            progress(start + len(rows), len(cases))
+            progress(len(rows))
     repeats = _pairs_among(cases.targets[:, None], cases.histories.exclude_ids, recommender.num_items)
     return Accuracy(_metrics(ranks, k), protocol, k, int(repeats.sum()), ranks, top_10)
+
+
+def held_out_cases(sequences: Ragged, split: str, *, allow_repeats: bool = False) -> tuple[Cases, str]:
+    """Users of a split ("test" or "validation"), and the protocol that figures from them are labelled with."""
+    cases = validation_cases(sequences) if split == "validation" else test_cases(sequences)
+    protocol = VALIDATION_PROTOCOL if split == "validation" else TEST_PROTOCOL
+    if not allow_repeats:
+        return cases, protocol
+    nothing = Ragged.from_lengths(np.zeros(0, dtype=np.int64), np.zeros(len(cases), dtype=np.int64))
+    histories = Histories(cases.histories.item_ids, nothing)
+    return Cases(cases.users, histories, cases.targets), protocol.replace("past excluded", "past allowed")
+
+
+def validation_ndcg(recommender: Recommender, cases: Cases) -> float:
+    """Mean NDCG@10 and nothing else: what early stopping watches after every epoch."""
+    answer = recommender.recommend(cases.histories, k=10)
+    return float(ndcg(ranks_of_targets(answer.item_ids, cases.targets), 10).mean())
 
 
 def check_lists(answer: TopK, excluded: Ragged, *, k: int, num_items: int) -> None:
@@ -168,7 +185,8 @@ def _pairs_among(item_ids: np.ndarray, listed: Ragged, num_items: int) -> np.nda
     stride = num_items + 1
     rows = np.arange(len(item_ids))
     pairs = np.repeat(rows, listed.lengths) * stride + listed.values
-    return (item_ids != PAD) & np.isin(rows[:, None] * stride + item_ids, pairs)
+    found: np.ndarray = np.isin(rows[:, None] * stride + item_ids, pairs) & (item_ids != PAD)
+    return found
 
 
 def _refuse(what: str) -> None:

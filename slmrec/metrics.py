@@ -114,7 +114,7 @@ def mean_intervals(
 
 def compare(
     values: Float64[np.ndarray, " users"],
-    baseline: Float64[np.ndarray, " users"],
+    baseline: Float64[np.ndarray, " others"],
     *,
     seed: int = 0,
     resamples: int = RESAMPLES,
@@ -132,7 +132,7 @@ def compare(
 
 def ratio_of_means(
     values: Float64[np.ndarray, " users"],
-    baseline: Float64[np.ndarray, " users"],
+    baseline: Float64[np.ndarray, " others"],
     *,
     seed: int = 0,
     resamples: int = RESAMPLES,

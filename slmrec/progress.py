@@ -1,18 +1,13 @@
 """Progress of long work, on stderr, so that stdout stays for results."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-
-class Bar(Protocol):
-    """Something that shows how far the work is."""
-
-    def __call__(self, advance: int, note: str = "") -> None:
-        """Move on by `advance` units and show a note, such as the loss."""
+Bar = Callable[..., None]
+"""Called with the units done since the last call and, optionally, a note such as the loss."""
 
 
 @contextmanager
@@ -26,6 +21,8 @@ def progress_bar(title: str, total: int, *, done: int = 0) -> Iterator[Bar]:
         task = progress.add_task(title, total=total, completed=done, note="")
 
         def advance(units: int, note: str = "") -> None:
-            progress.update(task, advance=units, **({"note": note} if note else {}))
+            progress.update(task, advance=units)
+            if note:
+                progress.update(task, note=note)
 
         yield advance

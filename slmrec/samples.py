@@ -1,6 +1,7 @@
 """Training samples of sequences, for each kind of supervision, and the next-item objective."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,9 +55,8 @@ def training_samples(sequences: Ragged, window: WindowConfig, supervision: str, 
     training item is the only target (SLMRec).
     """
     known = training_sequences(sequences)
-    limits = {"max_history": window.max_history, "max_events": window.max_events}
     if supervision == "all":
-        windows = training_windows(known, **limits)
+        windows = training_windows(known, max_history=window.max_history, max_events=window.max_events)
     else:
         kept = known if window.max_events is None else known.newest(window.max_events)
         windows = _prefixes(kept, window.max_history, newest_only=supervision == "last")
@@ -88,7 +88,7 @@ class NextItemObjective(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The one term, "ce"."""

@@ -32,6 +32,11 @@ class Batch(NamedTuple):
     features: Tensor | None = None
     """Teacher features at the positions that have a target, [targets, blocks, hidden]."""
 
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on another device."""
+        features = None if self.features is None else self.features.to(device)
+        return Batch(self.item_ids.to(device), self.targets.to(device), features)
+
 
 class Objective(Protocol):
     """An nn.Module whose forward gives the loss, term by term."""
@@ -92,7 +97,7 @@ class _Run:
         self.state_path, self.key = work / STATE_FILE, key
         torch.manual_seed(config.seed)
         self.accelerator = Accelerator(cpu=device.type == "cpu")
-        self.optimizer = torch.optim.AdamW(_parameter_groups(task, config))
+        self.optimizer = torch.optim.AdamW(_parameter_groups(task, config), fused=True)
         self.objective, self.optimizer = self.accelerator.prepare(task.objective.to(device), self.optimizer)
         self.parameters = {n: p for n, p in task.objective.named_parameters() if p.requires_grad}
         self.best = {name: value.detach().clone() for name, value in self.parameters.items()}
@@ -129,7 +134,7 @@ class _Run:
         torch.manual_seed(self.config.seed * 2_000_003 + step)  # dropout: a function of the step, not of the past
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * self._schedule(step)
-        batch = Batch(*(None if part is None else part.to(self.device) for part in self.task.batch(rows)))
+        batch = self.task.batch(rows).to(self.device)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
             terms = self.objective(batch)
         loss = torch.stack(list(terms.values())).sum()
@@ -210,7 +215,7 @@ class _Run:
 def computes_bfloat16(device: torch.device) -> bool:
     """Whether bfloat16 products run in hardware, so that it is faster than fp32 and not an emulation."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_avx512_bf16_supported()) or bool(torch.cpu._is_amx_tile_supported())
 
 

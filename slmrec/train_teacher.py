@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slmrec.artifact import Artifact, Stage, canonical_hash, file_sha256, is_up_to_date, open_artifact, publish, work_folder
+from slmrec.artifact import (
+    Artifact,
+    Stage,
+    canonical_hash,
+    file_sha256,
+    is_up_to_date,
+    open_artifact,
+    publish,
+    work_folder,
+)
 from slmrec.catalogue import load_catalogue, require_same_catalogue
 from slmrec.config import TeacherConfig, settings_of
 from slmrec.dataset import Dataset
@@ -52,7 +61,10 @@ class Backbone:
 def load_backbone(name: str, num_layers: int) -> Backbone:
     """Load the first layers of a named source, a local folder or a hub id, in fp32."""
     from transformers import AutoConfig, AutoModel
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()  # it lists the layers that are left out as unexpected
+    logging.disable_progress_bar()
     folder = backbone_folder(name)
     config = AutoConfig.from_pretrained(folder)
     decoder_settings(config, num_layers)  # refuses another family or too many layers before anything is loaded
@@ -106,15 +118,13 @@ def build_teacher(config: TeacherConfig, items: Artifact, data: Dataset) -> Deco
 
 @torch.no_grad()
 def scale_item_inputs(model: DecoderModel, token_rms: float) -> None:
-    """Start item inputs at the RMS of token embeddings, titles and ids in equal parts."""
-    share = token_rms / (2**0.5 if model.title_input is not None else 1.0)
+    """Start item inputs at the RMS of token embeddings, and titles at nothing: their maps are learned from zero."""
     vectors = model.item_proj(model.item_table.weight[1:])
-    model.item_proj.weight.mul_(share / vectors.pow(2).mean().sqrt())
+    model.item_proj.weight.mul_(token_rms / vectors.pow(2).mean().sqrt())
     model.item_proj.bias.zero_()
-    if model.title_input is not None:
-        model.title_input.weight.copy_(torch.eye(model.hidden_size) * share)
-    if model.title_table is not None:
-        model.title_table.weight.zero_()
+    for title_map in (model.title_input, model.title_table):
+        if title_map is not None:
+            title_map.weight.zero_()
 
 
 def train_teacher(

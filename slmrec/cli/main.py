@@ -20,9 +20,13 @@ MACHINE_FAULTS = {
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="slmcompress")
-@click.option("--runs", type=click.Path(path_type=Path), help="Folder of default inputs and outputs  [default: $SLMCOMPRESS_RUNS or ./runs]")
+@click.option(
+    "--runs",
+    type=click.Path(path_type=Path),
+    help="Folder of default inputs and outputs  [default: $SLMCOMPRESS_RUNS or ./runs]",
+)
 def main(runs: Path | None) -> None:
-    """Distil, quantize and export an LLM recommender, and measure accuracy against latency.
+    r"""Distil, quantize and export an LLM recommender, and measure accuracy against latency.
 
     The stages work as typed, one after the other:
 

@@ -48,7 +48,9 @@ def data_option(command: Command) -> Command:
 
 def output_option(default: str) -> Callable[[Command], Command]:
     """-o/--output: where the artefact goes."""
-    return click.option("-o", "--output", type=click.Path(path_type=Path), help=f"Output folder  [default: RUNS/{default}]")
+    return click.option(
+        "-o", "--output", type=click.Path(path_type=Path), help=f"Output folder  [default: RUNS/{default}]"
+    )
 
 
 def say(message: str) -> None:
@@ -82,4 +84,4 @@ def _read_config(context: click.Context, _: click.Parameter, path: Path | None) 
             f"{path} sets {unknown[0]!r}, which is no flag of {context.info_name}",
             remedy=f"one of {', '.join(sorted(name for name in names if len(name) > 1))}",
         )
-    context.default_map = {names[name.replace("_", "-")]: value for name, value in values.items()}  # type: ignore[misc]
+    context.default_map = {names[name.replace("_", "-")]: value for name, value in values.items()}

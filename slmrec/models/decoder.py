@@ -75,7 +75,7 @@ class DecoderModel(nn.Module):
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
         self.spec, self.num_items, self.max_history = spec, spec.num_items, spec.max_history
-        self.decoder = build_decoder(spec.decoder)
+        self.decoder: Any = build_decoder(spec.decoder)
         hidden = self.hidden_size
         self.item_table = nn.Embedding(spec.num_items + 1, spec.item_dim, padding_idx=0)
         self.item_table.weight.requires_grad_(spec.recipe.item_table == "trainable")

@@ -48,7 +48,7 @@ class Int8Linear(nn.Module):
         return layer
 
     def forward(self, inputs: Float[Tensor, "... inputs"]) -> Float[Tensor, "... outputs"]:
-        """inputs @ weight.T + bias, in 8 bits."""
+        """Inputs @ weight.T + bias, in 8 bits."""
         quantized, scale = quantize_rows(inputs.float())
         sums = torch._int_mm(quantized.reshape(-1, self.in_features), self.weight.t())
         outputs = sums.reshape(*inputs.shape[:-1], self.out_features).float() * scale * self.scale

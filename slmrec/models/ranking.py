@@ -1,6 +1,6 @@
 """From a model's scores to a ranked list: the call that every PyTorch model answers alike."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ class TorchRecommender:
 
     def __init__(self, model: nn.Module, device: str = "auto", batch_size: int = 256) -> None:
         self.device = resolve_device(device)
-        self.model = model.to(self.device).eval()
+        self.model: Any = model.to(self.device)
         self.batch_size = batch_size
 
     @property
@@ -80,7 +80,8 @@ class TorchRecommender:
         scores = self.model.score(torch.from_numpy(padded).to(self.device)).float()
         if torch.isnan(scores).any():
             raise CheckError(
-                "the model gives NaN scores", remedy="train it again with a smaller --learning-rate, or check its source"
+                "the model gives NaN scores",
+                remedy="train it again with a smaller --learning-rate, or check its source",
             )
         for ids in (histories.item_ids, histories.exclude_ids):
             rows = np.repeat(np.arange(len(ids)), ids.lengths)
@@ -91,7 +92,7 @@ class TorchRecommender:
 
 
 def resolve_device(device: str) -> torch.device:
-    """auto is a GPU where there is one; asking for a GPU that is not there is an error."""
+    """Auto is a GPU where there is one; asking for a GPU that is not there is an error."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():

@@ -20,9 +20,7 @@ class SasrecLayer(nn.Module):
         self.up, self.down = nn.Linear(size, 4 * size), nn.Linear(4 * size, size)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(
-        self, hidden: Float[Tensor, "batch history size"], mask: Tensor
-    ) -> Float[Tensor, "batch history size"]:
+    def forward(self, hidden: Float[Tensor, "batch history size"], mask: Tensor) -> Float[Tensor, "batch history size"]:
         """Attend where `mask` (bool, [batch, 1, history, history]) is true."""
         batch, history, size = hidden.shape
         qkv = self.qkv(self.attention_norm(hidden)).view(batch, history, 3, self.num_heads, -1)
@@ -31,7 +29,8 @@ class SasrecLayer(nn.Module):
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=rate)
         hidden = hidden + self.dropout(self.out(attended.transpose(1, 2).reshape(batch, history, size)))
         inner = self.dropout(F.gelu(self.up(self.forward_norm(hidden))))
-        return hidden + self.dropout(self.down(inner))
+        output: Tensor = hidden + self.dropout(self.down(inner))
+        return output
 
 
 class Sasrec(nn.Module):
@@ -62,7 +61,8 @@ class Sasrec(nn.Module):
         mask = (causal & (item_ids != 0)[:, None, :]) | itself  # a pad attends to itself, never to nothing
         for layer in self.layers:
             hidden = layer(hidden, mask[:, None])
-        return self.norm(hidden)
+        normed: Tensor = self.norm(hidden)
+        return normed
 
     def logits(self, user_vectors: Float[Tensor, "... size"]) -> Float[Tensor, "... items"]:
         """Scores of the items 1..num_items, in fp32."""

@@ -1,0 +1,31 @@
+"""Where every measured figure goes: `benchmarks/results/NAME.json`, with machine, versions, commit and command."""
+
+import json
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from slmrec.machine import describe_machine
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def record(name: str, result: dict[str, Any]) -> Path:
+    """Write a result with all it takes to repeat it."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, cwd=RESULTS.parent
+    )
+    entry = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": commit.stdout.strip(),
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "machine": describe_machine(),
+        "result": result,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(entry, indent=2) + "\n", encoding="utf-8")
+    return path

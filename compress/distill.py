@@ -1,0 +1,163 @@
+"""distill: a small student follows the teacher's features block by block (SLMRec, arXiv:2405.17890)."""
+
+import copy
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from compress.blocks import block_ends, kept_layers, state_index
+from compress.features import build_features
+from compress.losses import direction_loss, magnitude_loss
+from slmrec.artifact import Artifact, Stage, is_up_to_date, open_artifact, publish, work_folder
+from slmrec.catalogue import load_catalogue, require_same_catalogue
+from slmrec.config import DistillConfig, WindowConfig, settings_of
+from slmrec.dataset import Dataset
+from slmrec.errors import ConfigError
+from slmrec.evaluate import validation_ndcg
+from slmrec.models.checkpoint import load_decoder, quantized_layers, save_checkpoint
+from slmrec.models.decoder import DecoderModel, decoder_settings
+from slmrec.models.ranking import TorchRecommender, resolve_device
+from slmrec.samples import Samples, cross_entropy, training_samples
+from slmrec.sequences import validation_cases
+from slmrec.train import Batch, Progress, Task, train
+from slmrec.train_teacher import ITEM_PARAMETERS, load_backbone
+
+
+class DistillObjective(nn.Module):
+    """Cross-entropy, feature direction, feature magnitude and multiple supervision, every term by name."""
+
+    def __init__(self, student: DecoderModel, config: DistillConfig) -> None:
+        super().__init__()
+        self.student, self.config = student, config
+        self.ends = block_ends(student.num_layers, config.num_blocks)
+        adapted = config.num_blocks - 1 if config.supervision_weight else 0
+        self.adapters = nn.ModuleList(
+            nn.Linear(student.hidden_size, student.spec.item_dim, bias=False) for _ in range(adapted)
+        )
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Weighted terms: ce, and per block direction_block_i, magnitude_block_i, supervision_block_i.
+
+        Feature terms are averaged over blocks and supervision over the blocks before the last (SLMRec eq. 6).
+        """
+        assert batch.features is not None
+        config, wanted = self.config, batch.targets != 0
+        states = self.student(batch.item_ids)
+        targets = batch.targets[wanted]
+        terms = {"ce": cross_entropy(self.student.logits(states[-1][wanted]), targets)}
+        for block, end in enumerate(self.ends):
+            feature, teacher = states[state_index(end)][wanted], batch.features[:, block]
+            name, share = f"block_{block + 1}", 1 / config.num_blocks
+            if config.direction_weight:
+                terms[f"direction_{name}"] = config.direction_weight * share * direction_loss(feature, teacher)
+            if config.magnitude_weight:
+                distance = magnitude_loss(feature, teacher, scale=config.magnitude_scale)
+                terms[f"magnitude_{name}"] = config.magnitude_weight * share * distance
+        for block, adapter in enumerate(self.adapters):
+            feature = states[state_index(self.ends[block])][wanted]
+            loss = cross_entropy(_adapted_logits(adapter, feature, self.student), targets)
+            terms[f"supervision_block_{block + 1}"] = config.supervision_weight / len(self.adapters) * loss
+        return terms
+
+
+def _adapted_logits(adapter: nn.Module, feature: Tensor, student: DecoderModel) -> Tensor:
+    """Scores of the catalogue from a feature inside the student, in fp32 as the head's."""
+    with torch.autocast(feature.device.type, enabled=False):
+        return adapter(feature.float()) @ student.item_outputs().T  # type: ignore[no-any-return]
+
+
+def distill(
+    teacher_artifact: Artifact,
+    data: Dataset,
+    output: Path,
+    config: DistillConfig,
+    *,
+    device: str = "auto",
+    force: bool = False,
+) -> tuple[Artifact, bool]:
+    """Train a student from a teacher checkpoint; gives the artefact and whether it was there already."""
+    require_same_catalogue(
+        load_catalogue(teacher_artifact.path),
+        data.items,
+        model_name=str(teacher_artifact.path),
+        data_name=str(data.artifact.path),
+    )
+    parents = {"teacher": teacher_artifact, "data": data.artifact}
+    stage = Stage(name="distill", kind="checkpoint", settings=settings_of(config), parents=parents)
+    if is_up_to_date(output, stage, force=force):
+        return open_artifact(output), True
+    teacher = load_decoder(teacher_artifact)
+    require_distillable(teacher, config)
+    student = build_student(teacher, config)
+    samples = teacher_samples(teacher_artifact, teacher, data)
+    work = work_folder(output)
+    progress = _fit(teacher, DistillObjective(student, config), samples, data, (work, stage.key, device))
+    with publish(output, stage) as folder:
+        save_checkpoint(folder, student.cpu(), progress.log)
+        data.items.save(folder)
+    shutil.rmtree(work)
+    return open_artifact(output), False
+
+
+def require_distillable(teacher: DecoderModel, config: DistillConfig) -> None:
+    """Refuse a pair of teacher and student that cannot be matched block by block."""
+    if quantized_layers(teacher):
+        raise ConfigError(
+            "the teacher is an 8-bit checkpoint", remedy="distil from its fp32 parent, quantize afterwards"
+        )
+    if config.num_layers > teacher.num_layers:
+        raise ConfigError(
+            f"the student would have {config.num_layers} layers, the teacher has {teacher.num_layers}",
+            remedy=f"--num-layers {teacher.num_layers} or fewer",
+        )
+    if teacher.spec.recipe.head != "tied" and config.supervision_weight:
+        raise ConfigError(
+            "multiple supervision compares with the item table, which a linear head does not have",
+            remedy="--supervision-weight 0, or a teacher with --head tied",
+        )
+
+
+def build_student(teacher: DecoderModel, config: DistillConfig) -> DecoderModel:
+    """A student before training: the teacher's items and head, and layers of the teacher or of the backbone."""
+    torch.manual_seed(config.train.seed)
+    settings = decoder_settings(teacher.decoder.config, config.num_layers)
+    student = DecoderModel(replace(teacher.spec, decoder=settings))
+    ours = {n: v for n, v in teacher.state_dict().items() if not n.startswith("decoder.")}
+    student.load_state_dict(ours, strict=False)
+    if config.init == "backbone":
+        decoder = load_backbone(teacher.spec.backbone, config.num_layers).decoder
+        sources = list(range(config.num_layers))
+    else:
+        decoder, sources = teacher.decoder, kept_layers(teacher.num_layers, config.num_layers)
+    for layer, source in zip(student.decoder.layers, sources, strict=True):
+        layer.load_state_dict(decoder.layers[source].state_dict())
+    student.decoder.norm.load_state_dict(decoder.norm.state_dict())
+    return student
+
+
+def teacher_samples(artifact: Artifact, teacher: DecoderModel, data: Dataset) -> Samples:
+    """The samples the teacher was trained on."""
+    window = WindowConfig(**artifact.settings["window"])
+    recipe = teacher.spec.recipe
+    return training_samples(data.sequences, window, recipe.supervision, after_suffix=recipe.prompt == "slmrec")
+
+
+def _fit(
+    teacher: DecoderModel, objective: DistillObjective, samples: Samples, data: Dataset, run: tuple[Path, str, str]
+) -> Progress:
+    work, key, device = run
+    target = resolve_device(device)
+    store = build_features(copy.copy(teacher).to(target).eval(), samples, objective.config.num_blocks, work, key)
+    cases = validation_cases(data.sequences)
+    task = Task(
+        title="distill",
+        objective=objective,
+        lengths=samples.lengths,
+        batch=lambda rows: samples.batch(rows)._replace(features=store.read(rows)),
+        validate=lambda: validation_ndcg(TorchRecommender(objective.student, target.type), cases),
+        item_parameters=ITEM_PARAMETERS,
+    )
+    return train(task, objective.config.train, work, key, target)

@@ -1,0 +1,178 @@
+"""slmcompress evaluate, slmcompress benchmark."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from slmrec.cli.options import common_options, data_option, model_option, output_option, print_result, say
+from slmrec.errors import ConfigError
+
+if TYPE_CHECKING:
+    from slmrec.artifact import Artifact
+    from slmrec.config import BenchmarkConfig
+    from slmrec.dataset import Dataset
+    from slmrec.latency import Memory
+    from slmrec.report import Report
+
+RECOMMENDS = ("checkpoint", "graph", "engine", "bundle")
+MADE_BY = "slmcompress distill, quantize or export make artefacts to measure"
+
+
+class IntList(click.ParamType):
+    """Integers with commas between them, or a TOML list."""
+
+    name = "n,n,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """Read what the flag or the TOML file holds."""
+        parts = value.split(",") if isinstance(value, str) else value
+        try:
+            return tuple(int(part) for part in parts)
+        except (TypeError, ValueError):
+            self.fail(f"{value!r} is not a list such as 8,32", param, ctx)
+
+
+@click.command()
+@model_option
+@data_option
+@click.option("--split", type=click.Choice(["test", "validation"]), default="test", show_default=True)
+@click.option("--batch-size", type=click.IntRange(min=1), default=256, show_default=True, help="Users in a call.")
+@click.option("--allow-repeats", is_flag=True, help="Let items of the past be recommended (export --keep-history).")
+@common_options
+def evaluate(
+    *,
+    model: Path | None,
+    data: Path | None,
+    split: str,
+    batch_size: int,
+    allow_repeats: bool,
+    as_json: bool,
+    force: bool,
+    device: str,
+    seed: int,
+) -> None:
+    """Accuracy of one artefact: full-catalogue HR@1/5/10, NDCG@5/10 and MRR."""
+    from slmrec.catalogue import load_catalogue, require_same_catalogue
+    from slmrec.cli.loading import choose, choose_student, load_recommender
+    from slmrec.evaluate import evaluate as run
+    from slmrec.evaluate import held_out_cases
+    from slmrec.progress import progress_bar
+
+    dataset = _load_data(data)
+    artifact = choose(model, "", "slmcompress distill", *RECOMMENDS) if model else choose_student(None)
+    require_same_catalogue(
+        load_catalogue(artifact.path),
+        dataset.items,
+        model_name=str(artifact.path),
+        data_name=str(dataset.artifact.path),
+    )
+    cases, protocol = held_out_cases(dataset.sequences, split, allow_repeats=allow_repeats)
+    recommender = load_recommender(artifact, device)
+    with progress_bar("evaluate", len(cases)) as bar:
+        accuracy = run(recommender, cases, protocol=protocol, batch_size=batch_size, progress=bar)
+    print_result(accuracy.to_json(), f"{artifact.path}\n{accuracy.to_text()}", as_json=as_json)
+
+
+@click.command()
+@click.argument("artifacts", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="ARTIFACT...")
+@data_option
+@output_option("report")
+@click.option("--baseline", help="Artefact that the others are compared with  [default: the first]")
+@click.option("--rounds", type=int, default=200, show_default=True, help="Single-user requests of each artefact.")
+@click.option("--batch-sizes", type=IntList(), default="8,32", show_default=True, help="Of the throughput.")
+@click.option("--batch-rounds", type=int, default=10, show_default=True, help="Batches of each size and artefact.")
+@click.option("--top-k", type=int, default=10, show_default=True, help="Items asked for while timing.")
+@click.option("--accuracy/--no-accuracy", default=True, show_default=True, help="Evaluate on all test users.")
+@click.option("--memory/--no-memory", default=True, show_default=True, help="Peak memory, in a process each.")
+@common_options
+def benchmark(
+    *,
+    artifacts: tuple[Path, ...],
+    data: Path | None,
+    output: Path | None,
+    baseline: str | None,
+    memory: bool,
+    as_json: bool,
+    force: bool,
+    device: str,
+    **settings: Any,
+) -> None:
+    """Accuracy against latency of several artefacts in one run: benchmark.json, .csv, .md and report.html.
+
+    It measures anew every time and replaces the last report.
+    """
+    from slmrec.artifact import Stage, publish
+    from slmrec.cli.loading import choose, resolve_output
+    from slmrec.config import BenchmarkConfig, settings_of
+    from slmrec.report import markdown_table, require_report_folder, write_report
+
+    config = BenchmarkConfig(**settings)
+    target = resolve_output(output, "report")
+    require_report_folder(target)
+    dataset = _load_data(data)
+    names = row_names(artifacts)
+    opened = {name: choose(path, "", MADE_BY, *RECOMMENDS) for name, path in zip(names, artifacts, strict=True)}
+    stage = Stage(
+        name="benchmark",
+        kind="report",
+        settings={**settings_of(config), "baseline": baseline},
+        parents={"data": dataset.artifact, **opened},
+    )
+    with publish(target, stage) as folder:
+        report = _measure(opened, dataset, config, baseline=baseline, device=device, memory=memory)
+        report = replace(report, benchmark={**report.benchmark, "commands": [_command()]})
+        write_report(report, folder)
+    say(f"wrote {target / 'report.html'} and benchmark.json, .csv and .md beside it")
+    print_result(dict(report.benchmark), "\n".join(markdown_table(report.benchmark)), as_json=as_json)
+
+
+def row_names(paths: Sequence[Path]) -> list[str]:
+    """Folder names, with as many parents before them as it takes to tell them apart.
+
+    >>> row_names([Path("runs/teacher"), Path("a/student"), Path("b/student")])
+    ['teacher', 'a/student', 'b/student']
+    """
+    resolved = [path.resolve() for path in paths]
+    twice = next((path for path in resolved if resolved.count(path) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"{twice} is named twice", remedy="name each artefact once")
+    longest = max(len(path.parts) for path in resolved)
+    tails = [["/".join(path.parts[-depth:]) for path in resolved] for depth in range(1, longest + 1)]
+    return [next(tail[index] for tail in tails if tail.count(tail[index]) == 1) for index in range(len(resolved))]
+
+
+def _load_data(data: Path | None) -> "Dataset":
+    from slmrec.cli.loading import choose
+    from slmrec.dataset import load_dataset
+
+    return load_dataset(choose(data, "data", "slmcompress data FILE", "dataset").path)
+
+
+def _measure(
+    opened: "dict[str, Artifact]",
+    dataset: "Dataset",
+    config: "BenchmarkConfig",
+    *,
+    baseline: str | None,
+    device: str,
+    memory: bool,
+) -> "Report":
+    """Load every artefact and run the benchmark; processes that measure memory use the same device."""
+    from slmrec.benchmark import Entrant, run_benchmark
+    from slmrec.cli.loading import load_recommender
+    from slmrec.latency import measure_memory
+
+    def peak(artifact: "Artifact") -> "Memory":
+        return measure_memory(artifact.path, dataset.artifact.path, device=device)
+
+    entrants = [Entrant(name, artifact, load_recommender(artifact, device)) for name, artifact in opened.items()]
+    return run_benchmark(entrants, dataset, config, baseline=baseline, memory=peak if memory else None, say=say)
+
+
+def _command() -> str:
+    return shlex.join(["slmcompress", *sys.argv[1:]])

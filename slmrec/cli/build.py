@@ -1,0 +1,101 @@
+"""distill, prune and quantize."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from slmrec.cli.loading import choose, choose_student, resolve_output
+from slmrec.cli.options import common_options, data_option, model_option, output_option, print_result
+from slmrec.config import DistillConfig, QuantizeConfig, TrainConfig
+from slmrec.errors import ConfigError
+
+
+@click.command()
+@click.option("--num-layers", default=4, show_default=True, help="Decoder layers of the student.")
+@click.option("--num-blocks", default=4, show_default=True, help="Blocks whose features are matched.")
+@click.option(
+    "--init",
+    type=click.Choice(["teacher", "backbone"]),
+    default="teacher",
+    show_default=True,
+    help="Layers it starts from.",
+)
+@click.option("--direction-weight", default=1.0, show_default=True, help="Cosine term, lambda_1.")
+@click.option("--magnitude-weight", default=0.1, show_default=True, help="Squared distance, lambda_2.")
+@click.option("--supervision-weight", default=0.1, show_default=True, help="Multiple supervision, lambda_3.")
+@click.option(
+    "--l2-scale", "magnitude_scale", type=click.Choice(["hidden", "none"]), default="hidden", show_default=True
+)
+@click.option("--epochs", default=4, show_default=True)
+@click.option("--patience", type=int, help="Epochs without a better validation NDCG@10  [default: train all epochs]")
+@click.option("--batch-size", default=32, show_default=True, help="Sequences in a step.")
+@click.option("--learning-rate", default=3e-4, show_default=True, help="Peak rate of the decoder.")
+@click.option("--item-learning-rate", default=1e-3, show_default=True, help="Peak rate of item table, maps and head.")
+@click.option("--warmup-steps", default=50, show_default=True)
+@click.option("--precision", type=click.Choice(["auto", "bf16", "fp32"]), default="auto", show_default=True)
+@click.option("--save-every-steps", default=50, show_default=True, help="Steps between resumable states.")
+@model_option
+@data_option
+@output_option("student")
+@common_options
+def distill(
+    model: Path | None, data: Path | None, output: Path | None, device: str, seed: int, as_json: bool, force: bool,
+    **flags: Any,
+) -> None:  # fmt: skip
+    """Train a small student to follow the teacher's features, block by block."""
+    train = TrainConfig(**{n: flags.pop(n) for n in TrainConfig.__dataclass_fields__ if n in flags}, seed=seed)
+    config = DistillConfig(**flags, train=train)
+    teacher = choose(model, "teacher", "slmcompress train-teacher", "checkpoint")
+    dataset = choose(data, "data", "slmcompress data FILE", "dataset")
+    from compress.distill import distill as run
+    from slmrec.cli.stages import trained
+    from slmrec.dataset import load_dataset
+
+    output = resolve_output(output, "student")
+    result = run(teacher, load_dataset(dataset.path), output, config, device=device, force=force)
+    print_result(*trained(*result), as_json=as_json)
+
+
+@click.command()
+@click.option("--num-layers", default=3, show_default=True, help="Layers that remain.")
+@model_option
+@data_option
+@output_option("student-pruned")
+@common_options
+def prune(model: Path | None, num_layers: int, **_: Any) -> None:
+    """Drop layers of a student (not in this version)."""
+    raise ConfigError(
+        "prune is not part of this version",
+        remedy=f"slmcompress distill --num-layers {num_layers} --num-blocks {num_layers}: a student of that depth",
+    )
+
+
+@click.command()
+@click.option("--bits", default=8, show_default=True, help="Of weights and activations.")
+@click.option(
+    "--accuracy-gate", default=0.99, show_default=True, help="Least share of the parent's validation NDCG@10."
+)
+@click.option("--keep-fp", multiple=True, help="Layers that stay fp32, such as layers.3.mlp.down_proj; * matches.")
+@click.option("--auto-keep", is_flag=True, help="Keep the layers with the largest 8-bit error until the gate holds.")
+@model_option
+@data_option
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Output folder  [default: <model>-int8]")
+@common_options
+def quantize(
+    model: Path | None, data: Path | None, output: Path | None, device: str, seed: int, as_json: bool, force: bool,
+    **flags: Any,
+) -> None:  # fmt: skip
+    """Make a student 8-bit: int8 weights per output channel, int8 activations per token."""
+    config = QuantizeConfig(**flags)
+    parent = choose_student(model, wanted=lambda artifact: "quantize" not in artifact.stages)
+    dataset = choose(data, "data", "slmcompress data FILE", "dataset")
+    from compress.quantize import quantize as run
+    from compress.quantize import read_gate
+    from slmrec.cli.stages import made, made_text
+    from slmrec.dataset import load_dataset
+
+    output = output or parent.path.with_name(f"{parent.path.name}-int8")
+    result = run(parent, load_dataset(dataset.path), output, config, device=device, force=force)
+    gate, text = read_gate(result[0])
+    print_result(made(*result) | {"gate": gate}, f"{made_text(*result)}\n{text}", as_json=as_json)

@@ -1,0 +1,92 @@
+"""The console script: quick help, exit codes, and messages instead of tracebacks."""
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "polars", "numpy", "pyarrow", "matplotlib", "rich")
+
+
+def slmcompress(*arguments, cwd=None, env=None):
+    command = [sys.executable, "-c", "from slmrec.cli.main import run; run()", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=env)
+
+
+def test_help_loads_nothing_heavy():
+    script = (
+        "import sys; from slmrec.cli.main import main\n"
+        "main(['--help'], standalone_mode=False)\n"
+        f"print('LOADED', [name for name in {HEAVY} if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.endswith("LOADED []\n")
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["demo", "doctor", "data", "train-items", "train-teacher", "distill", "prune", "quantize", "export", "evaluate",
+     "benchmark", "bundle", "verify", "recommend"],
+)  # fmt: skip
+def test_every_command_of_the_contract_has_help(command):
+    result = slmcompress(command, "--help")
+    assert result.returncode == 0, result.stderr
+    assert "Usage" in result.stdout
+
+
+def test_an_error_is_a_message_a_remedy_and_exit_code_2(tmp_path):
+    result = slmcompress("distill", cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert "Error: runs/teacher does not exist" in result.stderr
+    assert "Try: slmcompress train-teacher" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_not_found_lists_what_there_is(tmp_path):
+    from slmrec.artifact import Stage, publish
+
+    with publish(tmp_path / "runs" / "mine", Stage(name="train-teacher", kind="checkpoint", settings={})):
+        pass
+    assert "there is: runs/mine" in slmcompress("distill", cwd=tmp_path).stderr
+
+
+def test_a_flag_that_does_not_exist_is_click_s_own_error(tmp_path):
+    assert slmcompress("distill", "--nonsense", cwd=tmp_path).returncode == 2
+
+
+def test_a_config_file_sets_flags_and_the_command_line_wins(tmp_path):
+    (tmp_path / "c.toml").write_text("num-layers = 3\nnum-blocks = 4\n")
+    result = slmcompress("distill", "-c", "c.toml", cwd=tmp_path)
+    assert "num_layers=3 cannot be cut into num_blocks=4" in result.stderr
+    assert result.returncode == 2
+    assert "num_layers=2 cannot" in slmcompress("distill", "-c", "c.toml", "--num-layers", "2", cwd=tmp_path).stderr
+
+
+@pytest.mark.parametrize(("text", "message"), [("depth = 3", "no flag of distill"), ("= 3", "is not TOML")])
+def test_a_bad_config_file_is_refused(tmp_path, text, message):
+    (tmp_path / "c.toml").write_text(text)
+    result = slmcompress("distill", "-c", "c.toml", cwd=tmp_path)
+    assert (result.returncode, message in result.stderr) == (2, True)
+
+
+def test_a_full_disk_is_a_message(tmp_path):
+    script = (
+        "import errno, slmrec.cli.main as m\n"
+        "def full(*_, **__): raise OSError(errno.ENOSPC, 'No space left on device', 'runs/student')\n"
+        "m.main = full\n"
+        "m.run()"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "No space left on device: runs/student" in result.stderr
+    assert "Try: free some disk space" in result.stderr
+
+
+def test_a_foreign_package_named_compress_is_noticed(tmp_path):
+    (tmp_path / "compress").mkdir()
+    (tmp_path / "compress" / "__init__.py").write_text("")
+    script = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from slmrec.cli.main import run; run()"
+    result = subprocess.run([sys.executable, "-c", script, "doctor"], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "not the one of slmcompress" in result.stderr

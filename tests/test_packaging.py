@@ -1,0 +1,32 @@
+"""What is handed out: a wheel with three packages, and a README whose figures were measured."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_wheel_holds_the_three_packages_and_nothing_else(tmp_path):
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    [wheel] = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"slmrec", "compress", "export"}
+    assert all(name.endswith((".py", ".typed")) for name in names if ".dist-info/" not in name)
+    packaged = {name for name in names if name.endswith(".py")}
+    assert packaged == {
+        str(p.relative_to(ROOT)) for n in ("slmrec", "compress", "export") for p in (ROOT / n).rglob("*.py")
+    }
+
+
+def test_the_continuous_integration_runs_the_readmes_test_command():
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+    assert "make test" in (ROOT / "README.md").read_text()
+
+
+def test_the_readmes_tables_are_those_of_the_recorded_results():
+    script = ROOT / "benchmarks" / "readme.py"
+    result = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr

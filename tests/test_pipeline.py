@@ -1,0 +1,181 @@
+"""Every stage through the command line, on data with a known answer: item i is always followed by i + 1."""
+
+import json
+
+import numpy as np
+import polars as pl
+import pytest
+from click.testing import CliRunner
+
+from slmrec.artifact import open_artifact
+from slmrec.cli.loading import load_recommender
+from slmrec.cli.main import main
+from slmrec.dataset import load_dataset
+from slmrec.errors import ArtifactError, CheckError, ConfigError, DataError, SlmrecError
+from slmrec.evaluate import check_lists
+from slmrec.ragged import Ragged
+from slmrec.recommender import PAD, Histories, Recommender
+from slmrec.sequences import test_cases as held_out
+from slmrec.synthetic import write_backbone, write_log
+
+PRODUCTS = ("items", "teacher", "student", "student-int8", "export", "bundle")
+FAST = ["--precision", "fp32", "--batch-size", "32", "--learning-rate", "3e-3", "--item-learning-rate", "3e-3"]
+
+
+def call(runs, *arguments):
+    """One command, its stdout; errors are raised, not printed."""
+    result = CliRunner().invoke(main, ["--runs", str(runs), *map(str, arguments)], standalone_mode=False)
+    if result.exception is not None:
+        raise result.exception
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """All stages as typed, one after the other."""
+    runs = tmp_path_factory.mktemp("runs")
+    call(runs, "data", write_log(runs / "log.txt"))
+    call(runs, "train-items", "--epochs", 12, "--batch-size", 32, "--learning-rate", "3e-3", "--dropout", 0.1)
+    backbone = write_backbone(runs / "backbone")
+    teacher = ["--backbone", backbone, "--num-layers", 4, "--prompt", "none", "--dropout", 0, "--epochs", 5]
+    call(runs, "train-teacher", *teacher, "--warmup-steps", 10, *FAST)
+    call(runs, "distill", "--num-layers", 2, "--num-blocks", 2, "--epochs", 5, "--warmup-steps", 10, *FAST)
+    call(runs, "quantize", "--bits", 8)
+    call(runs, "export")
+    call(runs, "bundle")
+    return runs
+
+
+@pytest.fixture(scope="module")
+def data(runs):
+    return load_dataset(runs / "data")
+
+
+@pytest.fixture(scope="module", params=PRODUCTS)
+def recommender(request, runs):
+    return load_recommender(open_artifact(runs / request.param), "cpu")
+
+
+def test_the_known_answer_comes_first_at_every_stage(runs):
+    for product in PRODUCTS:
+        accuracy = json.loads(call(runs, "evaluate", "-m", runs / product, "--json"))
+        assert accuracy["hr@1"] == 1.0, product
+
+
+def test_every_product_keeps_the_promises_of_a_list(recommender, data):
+    assert isinstance(recommender, Recommender)
+    cases = held_out(data.sequences)
+    answer = recommender.recommend(cases.histories, 20)
+    check_lists(answer, cases.histories.exclude_ids, k=20, num_items=data.num_items)
+
+
+def test_a_user_alone_gets_what_he_gets_in_company(recommender, data):
+    cases = held_out(data.sequences)
+    together = recommender.recommend(cases.histories, 10)
+    for row in range(0, len(cases), 37):
+        alone = recommender.recommend(cases.histories.select(np.array([row])), 10)
+        assert alone.item_ids[0].tolist() == together.item_ids[row].tolist()
+        np.testing.assert_allclose(alone.scores[0], together.scores[row], rtol=0, atol=1e-4)
+
+
+def test_exclusions_are_honoured_beyond_the_history(recommender):
+    history, excluded = Ragged.from_rows([[3, 4, 5]]), Ragged.from_rows([[6, 7]])
+    items = recommender.recommend(Histories(history, excluded), 10).item_ids[0].tolist()
+    assert not {3, 4, 5, 6, 7} & set(items)
+    assert recommender.recommend(Histories(history, Ragged.from_rows([[]])), 1).item_ids[0, 0] == 6
+
+
+def test_a_long_history_is_cut_to_its_newest_items_and_excluded_whole(recommender):
+    long = [*range(1, 59)]
+    answer = recommender.recommend(Histories.of(Ragged.from_rows([long])), 5)
+    assert set(answer.item_ids[0].tolist()) == {59, 60, PAD}
+    assert answer.scores[0].tolist()[2:] == [-np.inf] * 3
+
+
+@pytest.mark.parametrize(
+    ("rows", "k", "error"),
+    [([[0]], 5, DataError), ([[-1]], 5, DataError), ([[61]], 5, DataError), ([[2**40]], 5, DataError),
+     ([[]], 5, DataError), ([[1]], 0, ConfigError), ([[1]], 3841, ConfigError)],
+)  # fmt: skip
+def test_what_cannot_be_answered_is_refused_alike(recommender, rows, k, error):
+    with pytest.raises(error):
+        recommender.recommend(Histories.of(Ragged.from_rows(rows)), k)
+
+
+def test_no_users_give_no_lists(recommender):
+    assert recommender.recommend(Histories.of(Ragged.from_rows([])), 5).item_ids.shape == (0, 5)
+
+
+def test_k_above_the_catalogue_gives_a_short_list(recommender, data):
+    answer = recommender.recommend(Histories.of(Ragged.from_rows([[1, 2]])), 100)
+    items = answer.item_ids[0]
+    assert sorted(items[items != PAD].tolist()) == list(range(3, data.num_items + 1))
+
+
+def test_the_same_command_again_is_up_to_date_and_another_needs_force(runs):
+    assert json.loads(call(runs, "quantize", "--bits", 8, "--json"))["up_to_date"]
+    with pytest.raises(ArtifactError, match="--force"):
+        call(runs, "quantize", "--accuracy-gate", 0.5)
+
+
+def test_the_bundle_verifies_and_names_its_whole_lineage(runs):
+    call(runs, "verify")
+    assert open_artifact(runs / "bundle").stages[-2:] == ["export", "bundle"]
+    assert {"data", "train-items", "train-teacher", "distill", "quantize"} <= set(open_artifact(runs / "bundle").stages)
+
+
+def test_training_terms_are_logged_by_name(runs):
+    records = [json.loads(line) for line in (runs / "student" / "training.jsonl").read_text().splitlines()]
+    terms = {name for record in records for name in record}
+    assert {"ce", "direction_block_1", "direction_block_2", "magnitude_block_1", "supervision_block_1"} <= terms
+
+
+def test_recommend_maps_external_ids_and_keeps_the_order(runs, tmp_path):
+    requests = [{"user": "a", "history": ["7", "8"]}, {"user": "b", "history": ["20"], "exclude": ["21"]}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(request) + "\n" for request in requests))
+    call(runs, "recommend", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.parquet", "-k", 3)
+    rows = pl.read_parquet(tmp_path / "out.parquet").to_dicts()
+    assert [row["user"] for row in rows] == ["a", "b"]
+    assert rows[0]["items"][0] == "9"
+    assert "21" not in rows[1]["items"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["distill", "--num-layers", "9", "-o", "x"], "student would have 9 layers, the teacher has 4"),
+        (["distill", "--num-layers", "2", "--num-blocks", "3"], "cannot be cut into num_blocks=3"),
+        (["distill", "-m", "{runs}/items", "-o", "x"], "without a decoder"),
+        (["distill", "-m", "{runs}/data", "-o", "x"], "is a dataset .*expected a checkpoint"),
+        (["distill", "-m", "{runs}/nowhere", "-o", "x"], "does not exist"),
+        (["quantize", "--bits", "4"], "bits=4 is not supported"),
+        (["quantize", "-m", "{runs}/student-int8", "-o", "x"], "8-bit checkpoint already"),
+        (["export", "--top-k", "3841"], "possible are 1 to 3840"),
+        (["prune"], "not part of this version"),
+        (["train-teacher", "--backbone", "{runs}/data", "-o", "x"], "config.json|not a supported decoder"),
+        (["train-teacher", "--supervision", "all", "--prompt", "slmrec"], "supervision=all"),
+        (["evaluate", "-m", "{runs}/data"], "is a dataset"),
+        (["recommend", "99999"], "99999"),
+    ],
+)
+def test_bad_input_is_a_message_with_a_remedy(runs, arguments, message):
+    before = sorted(path.name for path in runs.iterdir())
+    with pytest.raises(SlmrecError, match=message) as caught:
+        call(runs, *[argument.format(runs=runs) for argument in arguments])
+    assert caught.value.remedy
+    assert sorted(path.name for path in runs.iterdir() if not path.name.endswith(".work")) == before
+
+
+def test_a_gate_that_cannot_be_met_writes_nothing(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "compress.quantize.ratio_of_means", lambda *_: type("R", (), {"estimate": 0.5, "low": 0.4, "high": 0.6})
+    )
+    with pytest.raises(CheckError, match=r"8 bits cost too much.*layers\."):
+        call(runs, "quantize", "-m", runs / "student", "-o", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_teacher_of_another_catalogue_is_refused(runs, tmp_path):
+    call(tmp_path, "data", write_log(tmp_path / "log.txt", num_items=50))
+    with pytest.raises(ArtifactError, match="different catalogues: 60 and 50 items"):
+        call(tmp_path, "distill", "-m", runs / "teacher")

@@ -1,0 +1,118 @@
+"""8 bits: exact integer arithmetic, a user's result is his own, and a gate that can fail."""
+
+import numpy as np
+import pytest
+import torch
+
+from compress.quantize import Gate, decoder_linears, layer_errors, quantize_model
+from slmrec.config import QuantizeConfig
+from slmrec.errors import ConfigError
+from slmrec.models.checkpoint import quantized_layers
+from slmrec.models.layers import Int8Linear, quantize_rows
+from slmrec.models.ranking import TorchRecommender
+from slmrec.ragged import Ragged
+from slmrec.recommender import Histories
+from slmrec.sequences import Cases
+
+
+def test_rounding_is_within_half_a_step_and_uses_the_whole_range():
+    values = torch.randn(50, 33, generator=torch.Generator().manual_seed(0))
+    quantized, scale = quantize_rows(values)
+    assert (quantized.float() * scale - values).abs().max() <= (scale / 2).max() * 1.0001
+    assert (quantized.abs().amax(dim=1) == 127).all()
+
+
+def test_a_zero_row_stays_zero():
+    quantized, scale = quantize_rows(torch.zeros(2, 4))
+    assert (quantized == 0).all()
+    assert torch.isfinite(scale).all()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_int8_layer_is_the_definition_written_out(bias):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(1600, 24, bias=bias)  # wide enough that sums pass the 2**24 an fp32 sum is exact to
+    inputs = torch.randn(2, 3, 1600)
+    actual = Int8Linear.from_linear(linear)(inputs)
+    weight = linear.weight.detach().double().numpy()
+    x = inputs.double().numpy()
+    w_scale = np.abs(weight).max(axis=1) / 127
+    x_scale = np.abs(x).max(axis=-1, keepdims=True) / 127
+    sums = np.rint(x / x_scale) @ np.rint(weight / w_scale[:, None]).T
+    expected = sums * x_scale * w_scale + (linear.bias.detach().numpy() if bias else 0)
+    np.testing.assert_allclose(actual.detach().numpy(), expected, rtol=2e-4, atol=2e-3)
+
+
+def test_a_token_is_quantized_the_same_in_any_company():
+    layer = Int8Linear.from_linear(torch.nn.Linear(32, 16))
+    tokens = torch.randn(7, 32)
+    tokens[3] *= 1000
+    together = layer(tokens)
+    for row in range(7):
+        assert torch.equal(layer(tokens[row : row + 1])[0], together[row])
+
+
+def test_every_decoder_linear_becomes_8_bit_but_those_kept(tiny_model):
+    model = tiny_model(num_layers=2)
+    assert len(quantized_layers(quantize_model(model))) == len(decoder_linears(model)) == 14
+    kept = quantize_model(model, ["layers.1.mlp.*"])
+    assert len(quantized_layers(kept)) == 11
+    assert quantized_layers(model) == []
+    with pytest.raises(ConfigError, match="no layer matches"):
+        quantize_model(model, ["layers.9.*"])
+
+
+def test_8_bit_weights_take_about_a_quarter_of_the_bytes(tiny_model):
+    def decoder_bytes(model):
+        return sum(value.nbytes for name, value in model.state_dict().items() if "decoder.layers" in name)
+
+    model = tiny_model(num_layers=2)
+    assert decoder_bytes(quantize_model(model)) < 0.45 * decoder_bytes(model)  # rows of 32; 0.27 at real widths
+
+
+def test_an_8_bit_model_scores_like_its_parent_and_not_like_zeros(tiny_model):
+    model = tiny_model(num_layers=2, prompt="none").eval()
+    items = torch.tensor([[3, 4, 5], [9, 2, 7]])
+    before, after = model.score(items), quantize_model(model).eval().score(items)
+    gap = (before - after).abs().max() / before.abs().max()
+    assert 0 < gap < 0.1
+    assert torch.corrcoef(torch.stack([before.flatten(), after.flatten()]))[0, 1] > 0.99
+
+
+def test_the_layer_with_outliers_has_the_largest_error(tiny_model):
+    model = tiny_model(num_layers=2, prompt="none").eval()
+    with torch.no_grad():
+        model.decoder.layers[1].mlp.up_proj.weight[:, 0] *= 300  # every row's scale is spent on one column
+    histories = Histories.of(Ragged.from_rows([[1, 2, 3], [4, 5, 6, 7]]))
+    errors = layer_errors(model, Cases(np.arange(2), histories, np.array([4, 8])))
+    assert max(errors, key=errors.get) == "layers.1.mlp.up_proj"
+    assert set(errors) == set(decoder_linears(model))
+
+
+@pytest.mark.parametrize(("ratio", "passed"), [(0.98, False), (0.99, True), (1.02, True), (float("nan"), False)])
+def test_the_point_estimate_decides_the_gate(ratio, passed):
+    gate = Gate(ratio=ratio, low=0.9, high=1.1, required=0.99, num_users=10, ndcg_before=0.1, ndcg_after=0.1)
+    assert gate.passed is passed
+    assert gate.underpowered
+    assert "not resolved by 10 users" in gate.to_text()
+
+
+def test_a_narrow_interval_resolves_the_gate():
+    gate = Gate(ratio=0.999, low=0.996, high=1.001, required=0.99, num_users=10, ndcg_before=0.1, ndcg_after=0.1)
+    assert not gate.underpowered
+    assert gate.to_json()["gate"] == "passed"
+
+
+def test_other_widths_are_refused():
+    with pytest.raises(ConfigError, match="bits=4 is not supported"):
+        QuantizeConfig(bits=4)
+
+
+def test_recommendations_of_an_8_bit_model_do_not_depend_on_company(tiny_model):
+    model = quantize_model(tiny_model(num_layers=2, prompt="none"))
+    recommender = TorchRecommender(model, "cpu")
+    rows = [[1, 2, 3], [4, 5, 6], [7, 8, 9], [5, 1, 9]]
+    together = recommender.recommend(Histories.of(Ragged.from_rows(rows)), 5)
+    for row, items in enumerate(rows):
+        alone = recommender.recommend(Histories.of(Ragged.from_rows([items])), 5)
+        assert (alone.item_ids[0] == together.item_ids[row]).all()
