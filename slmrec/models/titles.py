@@ -13,9 +13,10 @@ from slmrec.catalogue import Catalogue
 def title_vectors(
     items: Catalogue, backbone: Path, embeddings: Float[Tensor, "vocabulary hidden"]
 ) -> Float[Tensor, "items_plus_pad hidden"]:
-    """Mean token embedding of each item's title and categories, centred over items, each of RMS 1.
+    """Mean token embedding of each item's title and categories, centred over items, each of length 1.
 
-    Row 0 (padding) and items without a title are zero.
+    Row 0 (padding) and items without a title are zero. Of length 1, because a map that learns from them at Adam's
+    fixed step moves its output by the step times the sum of a vector's entries: at RMS 1 titles drown the ids.
     """
     from transformers import AutoTokenizer
 
@@ -25,7 +26,7 @@ def title_vectors(
     known = torch.tensor([row + 1 for row, text in enumerate(texts) if text], dtype=torch.int64)
     means = torch.stack([embeddings[torch.tensor(ids)].mean(dim=0) for ids in tokens])
     centred = means - means.mean(dim=0)
-    scale = centred.pow(2).mean(dim=1, keepdim=True).sqrt()
+    scale = centred.norm(dim=1, keepdim=True)
     vectors = embeddings.new_zeros(len(items) + 1, embeddings.shape[1])
     vectors[known] = torch.where(scale > 0, centred / scale, torch.zeros_like(centred))
     return vectors

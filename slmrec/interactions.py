@@ -1,0 +1,192 @@
+"""data: raw logs become a dataset, streamed: only integer codes and timestamps stay in memory."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from jaxtyping import Float64, Int32
+
+from slmrec.artifact import Artifact, Stage, file_sha256, is_up_to_date, open_artifact, publish, write_json
+from slmrec.catalogue import Catalogue
+from slmrec.config import DataConfig, settings_of
+from slmrec.dataset import DATASET_FILE, INTERACTIONS_FILE
+from slmrec.errors import DataError
+from slmrec.item_files import find_item_file, read_item_file
+from slmrec.readers import BadRows, Block, detect_format, read_log
+from slmrec.sequences import MIN_EVALUABLE
+
+
+@dataclass(frozen=True, eq=False)
+class Interactions:
+    """A whole log in memory, 16 bytes a row, with codes for ids."""
+
+    users: Int32[np.ndarray, " rows"]
+    items: Int32[np.ndarray, " rows"]
+    """Positions in `user_ids` and `item_ids`."""
+    timestamps: Float64[np.ndarray, " rows"]
+    user_ids: Sequence[str]
+    item_ids: Sequence[str]
+    """External ids, in the order they were first met."""
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def select(self, rows: np.ndarray) -> "Interactions":
+        """The named rows, in the order named; the codes stay."""
+        return Interactions(self.users[rows], self.items[rows], self.timestamps[rows], self.user_ids, self.item_ids)
+
+
+@dataclass
+class _Codes:
+    """Dense codes for external ids, given out in the order ids are met."""
+
+    known: dict[str, int] = field(default_factory=dict)
+
+    def encode(self, ids: pl.Series) -> np.ndarray:
+        distinct = ids.unique(maintain_order=True)
+        codes = [self.known.setdefault(value, len(self.known)) for value in distinct]
+        table = pl.Series(codes, dtype=pl.Int32)
+        return ids.replace_strict(distinct, table, return_dtype=pl.Int32).to_numpy()
+
+
+def prepare_dataset(
+    files: Sequence[Path], output: Path, config: DataConfig, *, force: bool = False
+) -> tuple[Artifact, bool]:
+    """Read logs and write a dataset artefact; gives it and whether it was there already.
+
+    Events are sorted by user and time, ties by input order; exact duplicates are dropped; users and items are
+    numbered in the order they first appear.
+
+    Raises:
+        DataError: nothing to read, malformed rows beyond the limit, or no user that can be evaluated.
+    """
+    for file in files:
+        if not file.is_file():
+            raise DataError(f"{file} is not a file", remedy="a log file, or the named source ml-100k")
+    items_file = Path(config.items_file) if config.items_file else find_item_file(files)
+    inputs = {file.name: file_sha256(file) for file in [*files, *([items_file] if items_file else [])]}
+    stage = Stage(name="data", kind="dataset", settings=settings_of(config) | {"inputs": inputs})
+    if is_up_to_date(output, stage, force=force):
+        return open_artifact(output), True
+    bad = BadRows(config.max_bad_rows)
+    blocks = (block for file in files for block in read_log(file, config, bad))
+    raw = collect(blocks)
+    if not len(raw):
+        raise DataError(f"{files[0]} holds no interaction", remedy="a file with one interaction per line")
+    kept = sort_events(drop_duplicates(raw))
+    num_duplicates = len(raw) - len(kept)
+    cored = k_core(kept, config.min_events)
+    counts = {
+        "num_rows_read": len(raw) + bad.count,
+        "num_bad_rows": bad.count,
+        "num_duplicates": num_duplicates,
+        "num_filtered": len(kept) - len(cored),
+        "format": config.format if config.format != "auto" else detect_format(files[0]),
+        "sources": inputs,
+    }
+    final = renumber(cored)
+    titles = read_item_file(items_file, config) if items_file else {}
+    with publish(output, stage) as folder:
+        _write(folder, final, titles, counts)
+    return open_artifact(output), False
+
+
+def collect(blocks: Iterator[Block]) -> Interactions:
+    """Keep a log as codes; nothing else of a block stays."""
+    users, items = _Codes(), _Codes()
+    parts = [(users.encode(b.users), items.encode(b.items), b.timestamps) for b in blocks if len(b.timestamps)]
+    if not parts:
+        empty = np.zeros(0, np.int32)
+        return Interactions(empty, empty, np.zeros(0), [], [])
+    columns = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return Interactions(*columns, list(users.known), list(items.known))
+
+
+def sort_events(log: Interactions) -> Interactions:
+    """By user (first met first), then time, ties in input order."""
+    return log.select(np.lexsort((log.timestamps, log.users)))  # lexsort is stable
+
+
+def drop_duplicates(log: Interactions) -> Interactions:
+    """The first of each set of rows equal in user, item and timestamp."""
+    order = np.lexsort((log.timestamps, log.items, log.users))
+    same = np.ones(len(log), dtype=bool)
+    same[:1] = False
+    for column in (log.users, log.items, log.timestamps):
+        ordered = column[order]
+        same[1:] &= ordered[1:] == ordered[:-1]
+    return log.select(np.sort(order[~same]))
+
+
+def k_core(log: Interactions, min_events: int) -> Interactions:
+    """Drop users and items with fewer events, again and again until none is left that has fewer."""
+    while min_events > 1 and len(log):
+        users = np.bincount(log.users, minlength=len(log.user_ids))
+        items = np.bincount(log.items, minlength=len(log.item_ids))
+        kept = (users[log.users] >= min_events) & (items[log.items] >= min_events)
+        if kept.all():
+            break
+        log = log.select(np.flatnonzero(kept))
+    return log
+
+
+def renumber(log: Interactions) -> Interactions:
+    """Codes without gaps, after users or items were filtered out."""
+    users, user_codes = np.unique(log.users, return_inverse=True)
+    items, item_codes = np.unique(log.items, return_inverse=True)
+    return Interactions(
+        user_codes.astype(np.int32),
+        item_codes.astype(np.int32),
+        log.timestamps,
+        [log.user_ids[code] for code in users],
+        [log.item_ids[code] for code in items],
+    )
+
+
+def statistics(log: Interactions) -> dict[str, Any]:
+    """Counts of a sorted log: what the leave-one-out split will find."""
+    lengths = np.bincount(log.users, minlength=len(log.user_ids))
+    ends = np.cumsum(lengths)
+    evaluable = lengths >= MIN_EVALUABLE
+    last, before = ends[evaluable] - 1, ends[evaluable] - 2
+    is_last = np.zeros(len(log), dtype=bool)
+    is_last[ends - 1] = True
+    pairs = log.users.astype(np.int64) * len(log.item_ids) + log.items
+    repeats = np.isin(pairs[last], pairs[~is_last])
+    return {
+        "num_users": len(log.user_ids),
+        "num_items": len(log.item_ids),
+        "num_interactions": len(log),
+        "mean_length": float(lengths.mean()) if len(lengths) else 0.0,
+        "num_evaluable_users": int(evaluable.sum()),
+        "num_train_only_users": int((~evaluable).sum()),
+        "num_tied_targets": int((log.timestamps[last] == log.timestamps[before]).sum()),
+        "num_repeat_targets": int(repeats.sum()),
+        "split": "leave-one-out: test = last item, validation = second last",
+    }
+
+
+def _write(
+    folder: Path, log: Interactions, titles: dict[str, tuple[str | None, str | None]], counts: dict[str, Any]
+) -> None:
+    found = statistics(log)
+    if not found["num_evaluable_users"]:
+        raise DataError(
+            f"none of {found['num_users']} users has {MIN_EVALUABLE} interactions, so no user can be evaluated",
+            remedy="data with longer sequences, or a smaller --min-events",
+        )
+    pl.DataFrame(
+        {
+            "user": pl.Series(log.users.astype(np.int64)),
+            "user_id": pl.Series(log.user_ids, dtype=pl.String).gather(log.users),
+            "item": pl.Series(log.items.astype(np.int64) + 1),
+            "timestamp": pl.Series(log.timestamps),
+        }
+    ).write_parquet(folder / INTERACTIONS_FILE)
+    known = [titles.get(item_id, (None, None)) for item_id in log.item_ids]
+    Catalogue(log.item_ids, [title for title, _ in known], [category for _, category in known]).save(folder)
+    num_titles = sum(title is not None for title, _ in known)
+    write_json(folder / DATASET_FILE, found | counts | {"num_titles": num_titles})
