@@ -61,7 +61,7 @@ def item_positions(item_ids: Int64[Tensor, "batch history"], layout: Layout) -> 
     width = item_ids.shape[1]
     if layout.positions == "padded":
         columns = torch.arange(width, device=item_ids.device) + layout.prefix_length + layout.max_history - width
-        return columns.expand_as(item_ids)
+        return columns + torch.zeros_like(item_ids)
     return layout.prefix_length + ((item_ids != 0).cumsum(dim=1) - 1).clamp(min=0)
 
 
@@ -69,5 +69,5 @@ def suffix_positions(item_ids: Int64[Tensor, "batch history"], layout: Layout) -
     """Positions of the response tokens: right after the newest item."""
     offsets = torch.arange(layout.suffix_length, device=item_ids.device)
     if layout.positions == "padded":
-        return (layout.prefix_length + layout.max_history + offsets).expand(len(item_ids), -1)
+        return layout.prefix_length + layout.max_history + offsets + torch.zeros_like(item_ids[:, :1])
     return layout.prefix_length + (item_ids != 0).sum(dim=1, keepdim=True) + offsets

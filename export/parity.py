@@ -1,0 +1,130 @@
+"""Whether two recommenders give the same answers, by a rule that a NaN cannot pass."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32
+
+from slmrec.errors import CheckError
+from slmrec.metrics import ndcg, overlap, ranks_of_targets
+from slmrec.ragged import Ragged
+from slmrec.recommender import Recommender, TopK
+from slmrec.sequences import test_cases
+
+PARITY_FILE = "parity.json"
+MAX_USERS = 2048
+TOP_K = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityRule:
+    """What counts as equal; recorded, and applied again by `verify`."""
+
+    precision: str
+    score_tolerance: float = 2e-5
+    """fp32: gap between scores of one rank, as a fraction of the largest score; lists may differ only within it."""
+    overlap_at_10: float = 0.99
+    """8 bits: least mean overlap of the top ten."""
+    ndcg_relative: float = 0.002
+    """8 bits: largest relative change of NDCG@10 on the same users."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """A passed check."""
+
+    rule: ParityRule
+    num_users: int
+    num_equal_lists: int
+    overlap_at_10: float
+    max_score_gap: float
+    """Largest gap between scores of one rank, as a fraction of the largest score."""
+
+    def to_json(self) -> dict[str, Any]:
+        """What `parity.json` holds."""
+        return asdict(self)
+
+
+def check_parity(expected: Recommender, actual: Any, sequences: Ragged) -> Parity:
+    """Compare answers on real histories of every length, in batches and alone.
+
+    Args:
+        expected: the recommender the graph was made from.
+        actual: the graph's runtime; its signature names the precision.
+        sequences: of a dataset; at most 2,048 users are asked for, spread over all lengths.
+
+    Raises:
+        CheckError: they differ by more than the rule allows, or a user's list depends on who shares the batch.
+    """
+    cases = test_cases(sequences)
+    if len(cases) > MAX_USERS:
+        by_length = np.argsort(cases.histories.item_ids.lengths, kind="stable")
+        cases = cases.select(by_length[np.linspace(0, len(cases) - 1, MAX_USERS).astype(np.int64)])
+    k = min(TOP_K, actual.num_items, actual.max_top_k)
+    rule = ParityRule(precision=actual.signature["precision"])
+    one, other = expected.recommend(cases.histories, k), actual.recommend(cases.histories, k)
+    parity = compare(one, other, rule)
+    if rule.precision == "int8":
+        _require_equal_ndcg(one, other, cases.targets, rule)
+    alone = np.unique(np.linspace(0, len(cases) - 1, 16).astype(np.int64))
+    for row in alone:
+        single = actual.recommend(cases.histories.select(np.array([row])), k)
+        compare(TopK(other.item_ids[[row]], other.scores[[row]]), single, ParityRule(precision="fp32"))
+    return parity
+
+
+def compare(expected: TopK, actual: TopK, rule: ParityRule) -> Parity:
+    """Apply the rule to two sets of lists of the same users.
+
+    Raises:
+        CheckError: the rule does not hold.
+    """
+    if expected.item_ids.shape != actual.item_ids.shape:
+        raise _unequal(f"lists of shape {actual.item_ids.shape}, expected {expected.item_ids.shape}")
+    gaps = score_gaps(expected.scores, actual.scores)
+    equal = (expected.item_ids == actual.item_ids).all(axis=1)
+    shared = float(overlap(expected.item_ids, actual.item_ids).mean()) if len(equal) else 1.0
+    largest = float(gaps.max(initial=0.0))
+    if rule.precision == "fp32":
+        if not (gaps <= rule.score_tolerance).all():
+            raise _unequal(f"scores differ by {largest:.2e} of their scale, allowed are {rule.score_tolerance:.0e}")
+        _require_near_ties(expected, actual, rule)
+    elif not shared >= rule.overlap_at_10 or not np.isfinite(gaps).all():
+        raise _unequal(f"the lists overlap by {shared:.4f}, required are {rule.overlap_at_10}")
+    return Parity(
+        rule=rule, num_users=len(equal), num_equal_lists=int(equal.sum()), overlap_at_10=shared, max_score_gap=largest
+    )
+
+
+def score_gaps(
+    expected: Float32[np.ndarray, "users k"], actual: Float32[np.ndarray, "users k"]
+) -> Float32[np.ndarray, "users k"]:
+    """Gap of each score as a fraction of the largest finite one; -inf against -inf is none, NaN stays NaN."""
+    finite = np.isfinite(expected)
+    scale = max(float(np.abs(expected[finite]).max(initial=0.0)), 1e-30)
+    both_empty = (expected == -np.inf) & (actual == -np.inf)
+    with np.errstate(invalid="ignore"):
+        gaps = np.abs(expected - actual) / np.float32(scale)
+    return np.where(both_empty, np.float32(0), gaps).astype(np.float32)
+
+
+def _require_near_ties(expected: TopK, actual: TopK, rule: ParityRule) -> None:
+    """Lists may differ only in items whose scores are as close as rounding brings them."""
+    limit = 2 * rule.score_tolerance * max(float(np.abs(expected.scores[np.isfinite(expected.scores)]).max(initial=0)), 1e-30)
+    for row in np.flatnonzero((expected.item_ids != actual.item_ids).any(axis=1)):
+        known = dict(zip(expected.item_ids[row].tolist(), expected.scores[row].tolist(), strict=True))
+        worst = float(expected.scores[row, -1])
+        for item, score in zip(actual.item_ids[row].tolist(), actual.scores[row].tolist(), strict=True):
+            if not abs(known.get(item, worst) - score) <= limit:
+                raise _unequal(f"item {item} of row {row} has the score {score}, expected {known.get(item, worst)}")
+
+
+def _require_equal_ndcg(one: TopK, other: TopK, targets: np.ndarray, rule: ParityRule) -> None:
+    before, after = (float(ndcg(ranks_of_targets(top.item_ids, targets), 10).mean()) for top in (one, other))
+    if not abs(after - before) <= rule.ndcg_relative * before + 1e-12:
+        raise _unequal(f"NDCG@10 is {after:.5f}, that of the checkpoint {before:.5f}")
+
+
+def _unequal(what: str) -> CheckError:
+    return CheckError(f"the two do not answer alike: {what}", remedy="--force to make it again; if it stays, report it")

@@ -1,0 +1,142 @@
+"""The ONNX graph as a recommender: numpy and ONNX Runtime, no PyTorch."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, Int64
+
+from slmrec.errors import ArtifactError, CheckError, ConfigError
+from slmrec.ragged import Ragged
+from slmrec.recommender import PAD, Histories, TopK, check_top_k
+
+GRAPH_FILE, SIGNATURE_FILE = "model.onnx", "signature.json"
+MAX_TOP_K = 3840
+MAX_BATCH = 256
+EXCLUDE_STEP = 32
+"""Exclusions are padded to multiples of this; they only mask, so their width may follow the batch."""
+
+
+class OnnxRecommender:
+    """A graph or bundle folder; loaded once, answers any number of users.
+
+    Raises:
+        ArtifactError: the folder holds no graph that ONNX Runtime can load.
+        ConfigError: the provider asked for is not the one that runs.
+    """
+
+    def __init__(self, folder: Path, *, provider: str = "CPUExecutionProvider", threads: int | None = None) -> None:
+        self.signature = read_signature(folder)
+        self.session = _session(folder / GRAPH_FILE, provider, threads or usable_cores())
+        self.buckets = np.array(self.signature["buckets"], dtype=np.int64)
+
+    @property
+    def num_items(self) -> int:
+        """Items 1..num_items can be recommended."""
+        return int(self.signature["num_items"])
+
+    @property
+    def max_top_k(self) -> int:
+        """Largest k: what was exported or, where that is the whole catalogue, anything (lists are then short)."""
+        exported = int(self.signature["top_k"])
+        return MAX_TOP_K if exported >= self.num_items else exported
+
+    def recommend(self, histories: Histories, k: int) -> TopK:
+        """Rank the catalogue for each history; every user is padded to the bucket of his own length."""
+        histories.check(self.num_items)
+        check_top_k(k, self.max_top_k)
+        items = np.full((len(histories), k), PAD, dtype=np.int64)
+        scores = np.full((len(histories), k), -np.inf, dtype=np.float32)
+        windows = histories.item_ids.newest(int(self.signature["max_history"]))
+        for rows, width in self._batches(windows.lengths):
+            found, best = self.run(windows.select(rows).pad_left(width), _exclusions(histories.select(rows)))
+            if np.isnan(best).any():
+                raise CheckError("the graph gave NaN scores", remedy="slmcompress verify, and make the artefact again")
+            kept = min(k, found.shape[1])
+            items[rows, :kept], scores[rows, :kept] = found[:, :kept], best[:, :kept]
+        return TopK(items, scores)
+
+    def run(
+        self, item_ids: Int64[np.ndarray, "batch history"], exclude_ids: Int64[np.ndarray, "batch excluded"]
+    ) -> tuple[Int64[np.ndarray, "batch k"], Float32[np.ndarray, "batch k"]]:
+        """The raw graph on padded ids."""
+        found, best = self.session.run(None, {"item_ids": item_ids, "exclude_ids": exclude_ids})
+        return found, best
+
+    def _batches(self, lengths: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
+        widths = self.buckets[np.searchsorted(self.buckets, lengths)]
+        for width in np.unique(widths):
+            rows = np.flatnonzero(widths == width)
+            for start in range(0, len(rows), MAX_BATCH):
+                yield rows[start : start + MAX_BATCH], int(width)
+
+
+def read_signature(folder: Path) -> dict[str, Any]:
+    """`signature.json` of a graph or bundle."""
+    try:
+        return json.loads((folder / SIGNATURE_FILE).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{folder} holds no readable {SIGNATURE_FILE}: {error}", remedy="slmcompress export") from None
+
+
+def usable_cores() -> int:
+    """Cores this process may use: its affinity, cut by the cgroup's quota where there is one."""
+    cores = len(os.sched_getaffinity(0))
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.is_file():
+        limit, period = quota.read_text(encoding="ascii").split()
+        if limit != "max":
+            cores = min(cores, max(1, int(limit) // int(period)))
+    return cores
+
+
+def loadable_providers() -> list[str]:
+    """Providers whose libraries load here, which is fewer than ONNX Runtime was compiled with."""
+    import onnxruntime as ort
+    from onnx import TensorProto, helper
+
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "probe", value[:1], value[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8).SerializeToString()
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    return [
+        provider
+        for provider in ort.get_available_providers()
+        if provider in ort.InferenceSession(model, options, providers=[provider]).get_providers()
+    ]
+
+
+def _session(graph: Path, provider: str, threads: int) -> Any:
+    try:
+        import onnxruntime as ort
+        from onnxruntime.capi import onnxruntime_pybind11_state as state
+    except ImportError:
+        raise ConfigError("ONNX Runtime is not installed", remedy="pip install 'slmcompress[cpu]' (or [gpu])") from None
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    broken = (state.Fail, state.InvalidGraph, state.InvalidProtobuf, state.NoSuchFile, state.InvalidArgument)
+    try:
+        session = ort.InferenceSession(str(graph), options, providers=[provider])
+    except (*broken, state.NotImplemented, state.RuntimeException) as error:
+        reason = str(error).splitlines()[0]
+        raise ArtifactError(f"ONNX Runtime cannot load {graph}: {reason}", remedy="slmcompress export --force") from None
+    if session.get_providers()[0] != provider:
+        raise ConfigError(
+            f"{provider} was asked for, but {session.get_providers()[0]} would run", remedy="slmcompress doctor"
+        )
+    return session
+
+
+def _exclusions(histories: Histories) -> np.ndarray:
+    """Everything a user must not be given, each id once: the exclusions and the part of the history beyond the window."""
+    rows = [
+        np.unique(np.concatenate([histories.item_ids[row], histories.exclude_ids[row]])) for row in range(len(histories))
+    ]
+    ragged = Ragged.from_rows(rows)
+    longest = int(ragged.lengths.max(initial=0))
+    return ragged.pad_left(-(-longest // EXCLUDE_STEP) * EXCLUDE_STEP)
