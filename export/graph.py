@@ -46,7 +46,9 @@ class ServingGraph(nn.Module):
         self.register_buffer("item_inputs", inputs)
         head = model.item_head
         outputs = model.item_outputs() if head is None else head.weight
-        self.register_buffer("item_outputs", torch.cat([outputs.new_zeros(1, outputs.shape[1]), outputs]).T.contiguous())
+        self.register_buffer(
+            "item_outputs", torch.cat([outputs.new_zeros(1, outputs.shape[1]), outputs]).T.contiguous()
+        )
         bias = None if head is None else torch.cat([head.bias.new_zeros(1), head.bias])
         self.register_buffer("item_bias", bias)
         self.register_buffer("suffix", model.suffix.clone())
@@ -105,7 +107,9 @@ class ServingGraph(nn.Module):
         layout, batch = self.layout, item_ids.shape[0]
         hidden = torch.cat([self.item_inputs[item_ids], self.suffix.expand(batch, -1, -1)], dim=1)
         positions = torch.cat([item_positions(item_ids, layout), suffix_positions(item_ids, layout)], dim=1)
-        real = torch.cat([item_ids != 0, torch.ones_like(positions[:, : layout.suffix_length], dtype=torch.bool)], dim=1)
+        real = torch.cat(
+            [item_ids != 0, torch.ones_like(positions[:, : layout.suffix_length], dtype=torch.bool)], dim=1
+        )
         prefix = torch.arange(layout.prefix_length, device=item_ids.device).expand(batch, -1)
         queries = layout.prefix_length + real.long().cumsum(dim=1) - 1
         keys = torch.cat([prefix, queries], dim=1)
@@ -175,5 +179,3 @@ def require_static_rope(config: Any) -> None:
             f"rotary embeddings of type {kind!r} depend on the length of a request",
             remedy=f"a backbone with one of {', '.join(STATIC_ROPE)}",
         )
-
-

@@ -188,5 +188,8 @@ def _joined_bias(layers: Sequence[Any]) -> Tensor | None:
         return None
     parts = [layer.scale if hasattr(layer, "scale") else layer.weight[:, 0] for layer in layers]
     return torch.cat(
-        [torch.zeros_like(part) if layer.bias is None else layer.bias.detach() for layer, part in zip(layers, parts, strict=True)]
+        [
+            torch.zeros_like(part) if layer.bias is None else layer.bias.detach()
+            for layer, part in zip(layers, parts, strict=True)
+        ]
     )

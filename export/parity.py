@@ -111,7 +111,11 @@ def score_gaps(
 
 def _require_near_ties(expected: TopK, actual: TopK, rule: ParityRule) -> None:
     """Lists may differ only in items whose scores are as close as rounding brings them."""
-    limit = 2 * rule.score_tolerance * max(float(np.abs(expected.scores[np.isfinite(expected.scores)]).max(initial=0)), 1e-30)
+    limit = (
+        2
+        * rule.score_tolerance
+        * max(float(np.abs(expected.scores[np.isfinite(expected.scores)]).max(initial=0)), 1e-30)
+    )
     for row in np.flatnonzero((expected.item_ids != actual.item_ids).any(axis=1)):
         known = dict(zip(expected.item_ids[row].tolist(), expected.scores[row].tolist(), strict=True))
         worst = float(expected.scores[row, -1])

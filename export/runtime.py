@@ -79,7 +79,9 @@ def read_signature(folder: Path) -> dict[str, Any]:
     try:
         return json.loads((folder / SIGNATURE_FILE).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
     except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{folder} holds no readable {SIGNATURE_FILE}: {error}", remedy="slmcompress export") from None
+        raise ArtifactError(
+            f"{folder} holds no readable {SIGNATURE_FILE}: {error}", remedy="slmcompress export"
+        ) from None
 
 
 def usable_cores() -> int:
@@ -124,7 +126,9 @@ def _session(graph: Path, provider: str, threads: int) -> Any:
         session = ort.InferenceSession(str(graph), options, providers=[provider])
     except (*broken, state.NotImplemented, state.RuntimeException) as error:
         reason = str(error).splitlines()[0]
-        raise ArtifactError(f"ONNX Runtime cannot load {graph}: {reason}", remedy="slmcompress export --force") from None
+        raise ArtifactError(
+            f"ONNX Runtime cannot load {graph}: {reason}", remedy="slmcompress export --force"
+        ) from None
     if session.get_providers()[0] != provider:
         raise ConfigError(
             f"{provider} was asked for, but {session.get_providers()[0]} would run", remedy="slmcompress doctor"
@@ -135,7 +139,8 @@ def _session(graph: Path, provider: str, threads: int) -> Any:
 def _exclusions(histories: Histories) -> np.ndarray:
     """Everything a user must not be given, each id once: the exclusions and the part of the history beyond the window."""
     rows = [
-        np.unique(np.concatenate([histories.item_ids[row], histories.exclude_ids[row]])) for row in range(len(histories))
+        np.unique(np.concatenate([histories.item_ids[row], histories.exclude_ids[row]]))
+        for row in range(len(histories))
     ]
     ragged = Ragged.from_rows(rows)
     longest = int(ragged.lengths.max(initial=0))

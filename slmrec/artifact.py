@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
@@ -112,8 +112,11 @@ def is_up_to_date(output: Path, stage: Stage, *, force: bool) -> bool:
 
 
 @contextlib.contextmanager
-def publish(output: Path, stage: Stage) -> Iterator[Path]:
-    """Give a folder to write into; on success it gets a manifest and becomes `output`, else it is removed."""
+def publish(output: Path, stage: Stage, finish: Callable[[Path], None] | None = None) -> Iterator[Path]:
+    """Give a folder to write into; on success it gets a manifest and becomes `output`, else it is removed.
+
+    `finish` may add files that have to know the manifest, and which it therefore does not list.
+    """
     _restore_interrupted(output)
     if output.exists():
         _require_ours(output)
@@ -124,6 +127,8 @@ def publish(output: Path, stage: Stage) -> Iterator[Path]:
     try:
         yield partial
         write_json(partial / MANIFEST, _manifest(partial, output, stage))
+        if finish is not None:
+            finish(partial)
         for path in [*partial.rglob("*"), partial]:
             _sync(path)
     except BaseException:

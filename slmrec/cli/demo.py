@@ -93,7 +93,7 @@ def demo(runs: Path, synthetic: bool, as_json: bool, seed: int, force: bool) -> 
 def real_recipe(seed: int, backbone: str) -> Recipe:
     """Settings timed to end within 20 minutes on two cores."""
     window = WindowConfig(max_history=50, max_events=100)
-    decoder = {"learning_rate": 3e-4, "item_learning_rate": 1e-3, "batch_size": 32, "seed": seed}
+    decoder = {"learning_rate": 3e-4, "item_learning_rate": 1e-3, "batch_size": 16, "warmup_steps": 20, "seed": seed}
     return Recipe(
         items=SasrecConfig(
             dropout=0.4,
@@ -120,9 +120,9 @@ def synthetic_recipe(seed: int, backbone: str) -> Recipe:
             backbone=backbone,
             num_layers=4,
             recipe=RecipeConfig(prompt="none", titles="none", dropout=0.0),
-            train=TrainConfig(epochs=5, **train),  # type: ignore[arg-type]
+            train=TrainConfig(epochs=8, **train),  # type: ignore[arg-type]
         ),
-        student=DistillConfig(num_layers=2, num_blocks=2, train=TrainConfig(epochs=5, **train)),  # type: ignore[arg-type]
+        student=DistillConfig(num_layers=2, num_blocks=2, train=TrainConfig(epochs=8, **train)),  # type: ignore[arg-type]
         benchmark=BenchmarkConfig(rounds=100, batch_rounds=5),
     )
 

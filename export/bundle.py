@@ -1,0 +1,104 @@
+"""bundle: the folder that is handed to a serving team, which can verify and run it without PyTorch."""
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from export.card import model_card
+from export.parity import PARITY_FILE, ParityRule
+from export.runtime import GRAPH_FILE, SIGNATURE_FILE, OnnxRecommender, read_signature
+from export.triton import write_triton
+from slmrec.artifact import Artifact, Stage, file_sha256, is_up_to_date, open_artifact, publish, write_json
+from slmrec.catalogue import ITEMS_FILE, load_catalogue, require_same_catalogue
+from slmrec.dataset import Dataset
+from slmrec.errors import DataError
+from slmrec.sequences import test_cases
+
+SUMS_FILE, GOLDEN_FILE, RULE_FILE, BENCHMARK_FILE = "SHA256SUMS", "golden.npz", "rule.json", "benchmark.json"
+MAX_GOLDEN = 64
+
+
+def bundle(
+    graph: Artifact, data: Dataset, output: Path, *, report: Path | None = None, force: bool = False
+) -> tuple[Artifact, bool]:
+    """Put a graph, its contract, golden answers and measurements into one folder.
+
+    Args:
+        graph: an exported graph.
+        data: real histories for the golden requests; no user id is kept.
+        output: the bundle.
+        report: a benchmark's folder whose `benchmark.json` goes along.
+        force: replace a bundle made of something else.
+
+    Raises:
+        DataError: the report holds no benchmark of this graph.
+    """
+    require_same_catalogue(
+        load_catalogue(graph.path), data.items, model_name=str(graph.path), data_name=str(data.artifact.path)
+    )
+    parents = {"graph": graph, "data": data.artifact}
+    benchmark = None
+    if report is not None:
+        measured = open_artifact(report, "report")
+        parents["report"] = measured
+        benchmark = json.loads((report / BENCHMARK_FILE).read_text(encoding="utf-8"))
+        if not any(row.get("hash") == graph.hash for row in benchmark["rows"]):
+            raise DataError(
+                f"{report} holds no measurement of {graph.path} as it is now",
+                remedy=f"slmcompress benchmark {graph.path} ..., or bundle without --report",
+            )
+    stage = Stage(name="bundle", kind="bundle", settings={}, parents=parents)
+    if is_up_to_date(output, stage, force=force):
+        return open_artifact(output), True
+    with publish(output, stage, finish=write_sums) as folder:
+        for name in (GRAPH_FILE, f"{GRAPH_FILE}.data", SIGNATURE_FILE, ITEMS_FILE, PARITY_FILE):
+            if (graph.path / name).exists():
+                shutil.copyfile(graph.path / name, folder / name)
+        write_golden(folder, data)
+        write_json(folder / RULE_FILE, asdict(ParityRule(precision=read_signature(folder)["precision"])))
+        if benchmark is not None:
+            write_json(folder / BENCHMARK_FILE, without_paths(benchmark))
+        write_triton(folder)
+        (folder / "README.md").write_text(model_card(graph, read_signature(folder), benchmark), encoding="utf-8")
+    return open_artifact(output), False
+
+
+def write_golden(folder: Path, data: Dataset) -> None:
+    """Real requests of all lengths and the graph's own answers; arrays only, no user ids, no pickles."""
+    cases = test_cases(data.sequences)
+    order = np.argsort(cases.histories.item_ids.lengths, kind="stable")
+    rows = order[np.unique(np.linspace(0, len(order) - 1, MAX_GOLDEN).astype(np.int64))]
+    histories = cases.histories.select(rows)
+    recommender = OnnxRecommender(folder)
+    answer = recommender.recommend(histories, min(recommender.max_top_k, recommender.num_items))
+    np.savez(
+        folder / GOLDEN_FILE,
+        item_ids=histories.item_ids.values,
+        item_offsets=histories.item_ids.offsets,
+        exclude_ids=histories.exclude_ids.values,
+        exclude_offsets=histories.exclude_ids.offsets,
+        top_items=answer.item_ids,
+        top_scores=answer.scores,
+    )
+
+
+def write_sums(folder: Path) -> None:
+    """SHA256SUMS over every other file, the manifest included."""
+    (folder / SUMS_FILE).write_text(sums(folder), encoding="ascii")
+
+
+def sums(folder: Path) -> str:
+    """What SHA256SUMS has to say of the folder as it is: sorted, one line a file, as sha256sum writes it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / SUMS_FILE)
+    return "".join(f"{file_sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files)
+
+
+def without_paths(benchmark: dict[str, Any]) -> dict[str, Any]:
+    """The benchmark without the places where its artefacts lay."""
+    rows = [{**row, "artifact": Path(row["artifact"]).name} for row in benchmark["rows"]]
+    dataset = {name: value for name, value in benchmark["dataset"].items() if name != "path"}
+    return {**benchmark, "rows": rows, "dataset": dataset}

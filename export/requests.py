@@ -1,0 +1,179 @@
+"""Files of requests in, files of recommendations out, a chunk at a time (JSON lines, CSV, Parquet)."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from slmrec.catalogue import Catalogue
+from slmrec.errors import DataError
+from slmrec.ragged import Ragged
+from slmrec.recommender import PAD, Histories, Recommender, TopK
+
+CHUNK = 4096
+FORMATS = (".jsonl", ".csv", ".parquet")
+SCHEMA = pa.schema([("user", pa.string()), ("items", pa.list_(pa.string())), ("scores", pa.list_(pa.float32()))])
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""A spreadsheet takes a cell that starts with one of these for a formula."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One line of the input: external ids, oldest first."""
+
+    line: int
+    user: str
+    history: Sequence[str]
+    exclude: Sequence[str]
+
+
+def recommend_file(recommender: Recommender, items: Catalogue, source: Path, target: Path, k: int) -> int:
+    """Answer every request of a file in its order; gives the number of users. Memory does not grow with the file.
+
+    Raises:
+        DataError: the file is missing, malformed, or names an item that is not in the catalogue.
+    """
+    for path in (source, target):
+        if path.suffix not in FORMATS:
+            raise DataError(f"{path.name} ends in none of {', '.join(FORMATS)}", remedy="such as users.jsonl")
+    if not source.is_file():
+        raise DataError(f"{source} is not a file", remedy='lines such as {"user": "1", "history": ["50", "172"]}')
+    partial = target.with_name(f".{target.name}.partial")
+    done = 0
+    try:
+        with _Writer(partial, target.suffix) as writer:
+            for chunk in _chunks(_read(source)):
+                answer = recommender.recommend(_histories(chunk, items, source), k)
+                writer.write(chunk, answer, items)
+                done += len(chunk)
+        if not done:
+            raise DataError(f"{source} is empty", remedy='lines such as {"user": "1", "history": ["50", "172"]}')
+        partial.rename(target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return done
+
+
+def named_items(answer: TopK, row: int, items: Catalogue) -> tuple[list[str], list[float]]:
+    """External ids and scores of one list, without the padding at its end."""
+    kept = answer.item_ids[row] != PAD
+    ids = [items.item_ids[item - 1] for item in answer.item_ids[row][kept].tolist()]
+    return ids, answer.scores[row][kept].tolist()
+
+
+def _histories(chunk: Sequence[Request], items: Catalogue, source: Path) -> Histories:
+    histories, excluded = [], []
+    for request in chunk:
+        try:
+            histories.append(items.to_internal(request.history))
+            excluded.append(items.to_internal(request.exclude))
+        except DataError as error:
+            raise DataError(f"{source.name}:{request.line}: {error.problem}", remedy=error.remedy) from None
+        if not len(histories[-1]):
+            raise DataError(
+                f"{source.name}:{request.line}: the history is empty", remedy="leave out users without a history"
+            )
+    return Histories(Ragged.from_rows(histories), Ragged.from_rows(excluded))
+
+
+def _chunks(requests: Iterator[Request]) -> Iterator[list[Request]]:
+    chunk: list[Request] = []
+    for request in requests:
+        chunk.append(request)
+        if len(chunk) == CHUNK:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _read(source: Path) -> Iterator[Request]:
+    if source.suffix == ".jsonl":
+        with source.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    yield _request(json.loads(line), number, source)
+                except ValueError as error:
+                    raise _malformed(source, number, f"not JSON ({error})") from None
+    elif source.suffix == ".parquet":
+        number = 0
+        for batch in pq.ParquetFile(source).iter_batches(batch_size=CHUNK):
+            for record in batch.to_pylist():
+                number += 1
+                yield _request(record, number, source)
+    else:
+        frame = pl.read_csv(source, infer_schema=False)
+        for number, record in enumerate(frame.iter_rows(named=True), 2):
+            yield _request(record, number, source)
+
+
+def _request(record: Any, line: int, source: Path) -> Request:
+    if not isinstance(record, dict) or "history" not in record:
+        raise _malformed(source, line, "no field 'history'")
+    lists = [_ids(record.get(name), line, source) for name in ("history", "exclude")]
+    return Request(line, str(record.get("user", line)), *lists)
+
+
+def _ids(value: Any, line: int, source: Path) -> list[str]:
+    """A list of ids; in CSV ids with spaces between them."""
+    if value is None:
+        return []
+    if isinstance(value, str):
+        return value.split()
+    if isinstance(value, list):
+        return [str(item) for item in value]
+    raise _malformed(source, line, f"{value!r} is no list of item ids")
+
+
+def _malformed(source: Path, line: int, what: str) -> DataError:
+    return DataError(
+        f"{source.name}:{line}: {what}",
+        remedy='{"user": "1", "history": ["50", "172"], "exclude": []}, or these columns',
+    )
+
+
+class _Writer:
+    """Writes chunks of answers to one open file."""
+
+    def __init__(self, path: Path, suffix: str) -> None:
+        self.suffix = suffix
+        self.parquet = pq.ParquetWriter(path, SCHEMA) if suffix == ".parquet" else None
+        self.text = None if self.parquet else path.open("w", encoding="utf-8", newline="")
+        if suffix == ".csv" and self.text is not None:
+            self.text.write("user,items,scores\n")
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for stream in (self.parquet, self.text):
+            if stream is not None:
+                stream.close()
+
+    def write(self, chunk: Sequence[Request], answer: TopK, items: Catalogue) -> None:
+        """Append the answers of a chunk."""
+        lists = [named_items(answer, row, items) for row in range(len(chunk))]
+        users = [request.user for request in chunk]
+        if self.parquet is not None:
+            columns = [users, [ids for ids, _ in lists], [np.float32(scores) for _, scores in lists]]
+            self.parquet.write_table(
+                pa.table([pa.array(c, t.type) for c, t in zip(columns, SCHEMA, strict=True)], SCHEMA)
+            )
+            return
+        assert self.text is not None
+        for user, (ids, scores) in zip(users, lists, strict=True):
+            if self.suffix == ".jsonl":
+                self.text.write(json.dumps({"user": user, "items": ids, "scores": scores}) + "\n")
+            else:
+                cells = [_cell(user), _cell(" ".join(ids)), " ".join(f"{score:.6g}" for score in scores)]
+                self.text.write(pl.DataFrame([cells], orient="row").write_csv(include_header=False))
+
+
+def _cell(text: str) -> str:
+    return f"'{text}" if text.startswith(FORMULA) else text

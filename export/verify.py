@@ -1,0 +1,134 @@
+"""verify: whether a bundle is what was made, and answers here as it did there."""
+
+import json
+import stat
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from export.bundle import GOLDEN_FILE, RULE_FILE, SUMS_FILE, sums
+from export.parity import Parity, ParityRule, compare
+from export.runtime import GRAPH_FILE, OnnxRecommender
+from slmrec.artifact import MANIFEST, library_versions, open_artifact
+from slmrec.errors import ArtifactError, CheckError
+from slmrec.ragged import Ragged
+from slmrec.recommender import Histories, TopK
+
+
+@dataclass
+class Verified:
+    """A bundle that passed every check."""
+
+    path: Path
+    num_files: int
+    parity: Parity
+    notes: list[str] = field(default_factory=list)
+    """What differs from where it was made, such as library versions."""
+
+    def to_json(self) -> dict[str, Any]:
+        """For --json."""
+        return {
+            "verified": str(self.path),
+            "num_files": self.num_files,
+            "golden": self.parity.to_json(),
+            "notes": self.notes,
+        }
+
+    def to_text(self) -> str:
+        """A few lines for people."""
+        golden = self.parity
+        lines = [f"{self.path}: {self.num_files} files are as they were made"]
+        lines += [
+            f"{golden.num_users} golden requests: {golden.num_equal_lists} equal lists, top-10 overlap {golden.overlap_at_10:.4f}"
+        ]
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes), "verified"])
+
+
+def verify(path: Path) -> Verified:
+    """Check files first, then load; the first thing that does not hold ends it.
+
+    Order: no link or special file; every byte by SHA256SUMS; the manifest's list; external data inside the bundle;
+    versions (differences are noted); golden requests by the recorded rule.
+
+    Raises:
+        CheckError: the bundle is not what was made, or does not answer as it did.
+        ArtifactError: it is no bundle.
+    """
+    if not (path / SUMS_FILE).is_file():
+        raise ArtifactError(f"{path} has no {SUMS_FILE}, so it is no bundle", remedy="slmcompress bundle")
+    _require_plain_files(path)
+    num_files = _require_sums(path)
+    artifact = open_artifact(path, "bundle")
+    listed = {MANIFEST, SUMS_FILE, *artifact.manifest["files"]}
+    unlisted = [name for name in _names(path) if name not in listed]
+    if unlisted:
+        raise _failed(f"{unlisted[0]} is not listed in {MANIFEST}")
+    for graph in [path / GRAPH_FILE, *path.glob(f"triton/*/*/{GRAPH_FILE}/{GRAPH_FILE}")]:
+        _require_data_inside(graph)
+    made, here = artifact.manifest["versions"], library_versions()
+    watched = ("onnxruntime", "numpy")
+    notes = [f"{n} is {here.get(n)} here, {made.get(n)} there" for n in watched if here.get(n) != made.get(n)]
+    return Verified(path, num_files, _golden(path), notes)
+
+
+def _require_plain_files(path: Path) -> None:
+    for entry in [path, *path.rglob("*")]:
+        mode = entry.lstat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise _failed(f"{entry.relative_to(path)} is a link or a special file")
+
+
+def _require_sums(path: Path) -> int:
+    """Compare SHA256SUMS byte for byte with what the files give: no file can be changed, added or removed."""
+    expected = sums(path)
+    try:
+        recorded = (path / SUMS_FILE).read_bytes().decode("ascii")
+    except UnicodeDecodeError:
+        raise _failed(f"{SUMS_FILE} is not ASCII") from None
+    if recorded != expected:
+        ours, theirs = set(expected.splitlines()), set(recorded.splitlines())
+        names = sorted({line[66:] for line in ours ^ theirs}) or [SUMS_FILE]
+        raise _failed(f"{', '.join(names[:3])} is not as {SUMS_FILE} says")
+    return len(expected.splitlines()) + 1
+
+
+def _require_data_inside(graph: Path) -> None:
+    """An ONNX file names the files its weights lie in; a name that leads elsewhere would load a stranger's."""
+    import onnx
+    from onnx.external_data_helper import uses_external_data
+
+    model = onnx.load(graph, load_external_data=False)
+    for tensor in model.graph.initializer:
+        if uses_external_data(tensor):
+            location = next(entry.value for entry in tensor.external_data if entry.key == "location")
+            if location != f"{GRAPH_FILE}.data":
+                raise _failed(f"{graph.name} reads its weights from {location!r}")
+
+
+def _golden(path: Path) -> Parity:
+    rule = ParityRule(**json.loads((path / RULE_FILE).read_text(encoding="utf-8")))
+    with np.load(path / GOLDEN_FILE, allow_pickle=False) as stored:
+        golden = dict(stored)
+    histories = Histories(
+        Ragged(golden["item_ids"], golden["item_offsets"]), Ragged(golden["exclude_ids"], golden["exclude_offsets"])
+    )
+    expected = TopK(golden["top_items"], golden["top_scores"])
+    actual = OnnxRecommender(path).recommend(histories, expected.item_ids.shape[1])
+    first = slice(None, 10)
+    return compare(
+        TopK(expected.item_ids[:, first], expected.scores[:, first]),
+        TopK(actual.item_ids[:, first], actual.scores[:, first]),
+        rule,
+    )
+
+
+def _names(path: Path) -> list[str]:
+    return [entry.relative_to(path).as_posix() for entry in sorted(path.rglob("*")) if entry.is_file()]
+
+
+def _failed(what: str) -> CheckError:
+    return CheckError(
+        f"the bundle does not verify: {what}", remedy="fetch it again from where it was made, do not serve it"
+    )

@@ -1,0 +1,154 @@
+"""export, bundle, verify and recommend: what a serving team is handed, and how it is asked."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from slmrec.cli.loading import choose, choose_student, load_recommender, resolve_output
+from slmrec.cli.options import common_options, data_option, model_option, output_option, print_result, runs_folder, say
+from slmrec.config import ExportConfig
+from slmrec.errors import ConfigError
+
+if TYPE_CHECKING:
+    from slmrec.artifact import Artifact
+
+RECOMMENDS = ("checkpoint", "graph", "bundle")
+
+
+@click.command()
+@click.option("--top-k", type=int, help="Items the graph returns  [default: min(100, items)]")
+@click.option("--keep-history", is_flag=True, help="Allow items of the history again (repeat consumption).")
+@click.option("--opset", default=20, show_default=True, help="ONNX operator set.")
+@click.option("--trt", is_flag=True, help="A TensorRT engine beside the graph (not in this version).")
+@model_option
+@data_option
+@output_option("export")
+@common_options
+def export(
+    model: Path | None, data: Path | None, output: Path | None, trt: bool, device: str, seed: int, as_json: bool,
+    force: bool, **flags: Any,
+) -> None:  # fmt: skip
+    """Write a student as an ONNX graph: history in, top-K items out; checked against the checkpoint."""
+    if trt:
+        raise ConfigError(
+            "TensorRT engines are not part of this version", remedy="slmcompress export, whose ONNX graph runs today"
+        )
+    config = ExportConfig(**flags)
+    checkpoint = choose_student(model)
+    dataset = choose(data, "data", "slmcompress data FILE", "dataset")
+    from export.onnx_export import export_checkpoint
+    from export.runtime import read_signature
+    from slmrec.cli.stages import made, made_text
+    from slmrec.dataset import load_dataset
+
+    result = export_checkpoint(
+        checkpoint, load_dataset(dataset.path), resolve_output(output, "export"), config, force=force
+    )
+    signature = read_signature(result[0].path)
+    text = f"{made_text(*result)}; {signature['precision']}, top {signature['top_k']} of {signature['num_items']} items"
+    print_result(made(*result) | {"signature": signature}, text, as_json=as_json)
+
+
+@click.command()
+@click.option("--report", type=click.Path(path_type=Path), help="Benchmark folder to go along  [default: RUNS/report]")
+@model_option
+@data_option
+@output_option("bundle")
+@common_options
+def bundle(
+    model: Path | None, data: Path | None, output: Path | None, report: Path | None, device: str, seed: int,
+    as_json: bool, force: bool,
+) -> None:  # fmt: skip
+    """Put a graph, its contract, golden answers and measurements into one folder to hand over."""
+    graph = choose(model, "export", "slmcompress export", "graph")
+    dataset = choose(data, "data", "slmcompress data FILE", "dataset")
+    from export.bundle import bundle as run
+    from slmrec.cli.stages import made, made_text
+    from slmrec.dataset import load_dataset
+
+    report = report or _report_of(graph)
+    result = run(graph, load_dataset(dataset.path), resolve_output(output, "bundle"), report=report, force=force)
+    print_result(made(*result), made_text(*result), as_json=as_json)
+
+
+@click.command()
+@click.argument("path", required=False, type=click.Path(path_type=Path))
+@common_options
+def verify(path: Path | None, device: str, seed: int, as_json: bool, force: bool) -> None:
+    """Check a bundle on the machine that will serve it: every byte, then the golden answers."""
+    if path is None:
+        path = choose(None, "bundle", "slmcompress bundle", "bundle").path
+    from export.verify import verify as run
+
+    verified = run(path)
+    print_result(verified.to_json(), verified.to_text(), as_json=as_json)
+
+
+@click.command()
+@click.argument("history", nargs=-1)
+@click.option("-k", "top_k", default=10, show_default=True, help="Items to recommend.")
+@click.option("--exclude", multiple=True, help="Item that must not be recommended; may be repeated.")
+@click.option("--input", "source", type=click.Path(path_type=Path), help="File of requests: .jsonl, .csv or .parquet.")
+@click.option("--output", "target", type=click.Path(path_type=Path), help="File of answers, in the input's order.")
+@model_option
+@common_options
+def recommend(
+    history: tuple[str, ...], top_k: int, exclude: tuple[str, ...], source: Path | None, target: Path | None,
+    model: Path | None, device: str, seed: int, as_json: bool, force: bool,
+) -> None:  # fmt: skip
+    """Recommend items after a HISTORY of external ids or exact titles, oldest first, or for a whole file.
+
+    A line of --input is {"user": .., "history": [ids, oldest first], "exclude": [..]}; of --output {"user": ..,
+    "items": [ids, best first], "scores": [..]}. In CSV, ids of a list stand with spaces between them.
+    """
+    if bool(history) == (source is not None) or (source is None) != (target is None):
+        raise ConfigError(
+            "recommend takes either a history or --input and --output", remedy="slmcompress recommend 50 172"
+        )
+    artifact = choose(model, "", "slmcompress export", *RECOMMENDS) if model else _newest_product()
+    from export.requests import named_items, recommend_file
+    from slmrec.catalogue import load_catalogue
+    from slmrec.ragged import Ragged
+    from slmrec.recommender import Histories
+
+    items = load_catalogue(artifact.path)
+    recommender = load_recommender(artifact, device)
+    if source is not None and target is not None:
+        users = recommend_file(recommender, items, source, target, top_k)
+        print_result({"output": str(target), "num_users": users}, f"{target}: {users} users", as_json=as_json)
+        return
+    seen, excluded = items.to_internal(history), items.to_internal(exclude)
+    answer = recommender.recommend(Histories(Ragged.from_rows([seen]), Ragged.from_rows([excluded])), top_k)
+    ids, scores = named_items(answer, 0, items)
+    titles = [items.title_of(items.internal_ids[item_id]) for item_id in ids]
+    lines = [
+        f"{n:>3}  {item:<12} {score:8.3f}  {title}"
+        for n, (item, score, title) in enumerate(zip(ids, scores, titles, strict=True), 1)
+    ]
+    print_result({"items": ids, "scores": scores, "titles": titles}, "\n".join(lines), as_json=as_json)
+
+
+def _report_of(graph: "Artifact") -> Path | None:
+    """RUNS/report, if it is a benchmark of this graph."""
+    report = runs_folder() / "report"
+    if not (report / "manifest.json").is_file():
+        return None
+    from slmrec.artifact import read_manifest
+
+    parents = read_manifest(report)["parents"].values()
+    if not any(parent["hash"] == graph.hash for parent in parents):
+        say(f"{report} did not measure {graph.path}: the bundle goes without figures")
+        return None
+    return report
+
+
+def _newest_product() -> "Artifact":
+    """The newest bundle or graph below RUNS, else the newest student."""
+    from slmrec.artifact import find_artifacts
+
+    products = [artifact for artifact in find_artifacts(runs_folder()) if artifact.kind in ("bundle", "graph")]
+    if not products:
+        return choose_student(None)
+    say(f"using {products[0].path}")
+    return choose(products[0].path, "", "slmcompress export", *RECOMMENDS)

@@ -1,0 +1,38 @@
+"""Shapes are checked in every test run, and tiny models that all tests share."""
+
+import jaxtyping
+
+jaxtyping.install_import_hook(["slmrec", "compress", "export"], "beartype.beartype")
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    """Make a random decoder recommender: `tiny_model(family="qwen3", prompt="slmrec", num_layers=2)`."""
+    import torch
+    from transformers import AutoConfig
+
+    from slmrec.config import RecipeConfig
+    from slmrec.models.decoder import DecoderModel, DecoderSpec, decoder_settings
+
+    def make(family="llama", num_layers=3, num_items=20, **recipe):
+        config = AutoConfig.for_model(
+            family, hidden_size=32, intermediate_size=64, num_hidden_layers=num_layers, num_attention_heads=4,
+            num_key_value_heads=2, vocab_size=50, head_dim=8, initializer_range=0.2, max_position_embeddings=128,
+        )  # fmt: skip
+        settings = RecipeConfig(**{"supervision": "last", "dropout": 0.0} | recipe)
+        torch.manual_seed(0)
+        spec = DecoderSpec(
+            decoder=decoder_settings(config, num_layers), recipe=settings, num_items=num_items, item_dim=8,
+            max_history=10, prefix_length=0 if settings.prompt == "none" else 5,
+            suffix_length=3 if settings.prompt == "slmrec" else 0, has_titles=False, backbone="random",
+        )  # fmt: skip
+        model = DecoderModel(spec)
+        with torch.no_grad():
+            for name, value in [*model.named_parameters(), *model.named_buffers()]:
+                if "decoder" not in name:
+                    value.copy_(torch.randn_like(value) / 2)
+        return model
+
+    return make
