@@ -31,9 +31,15 @@ class ServingGraph(nn.Module):
         self.top_k = min(config.top_k or 100, model.num_items)
         depth = model.num_layers
         layers = enumerate(model.decoder.layers)
-        self.layers = nn.ModuleList(ServingLayer(layer, newest_only=i == depth - 1) for i, layer in layers)
+        self.layers: Any = nn.ModuleList(ServingLayer(layer, newest_only=i == depth - 1) for i, layer in layers)
         self.norm = RmsNorm(model.decoder.norm)
         self.users: Any = nn.Identity() if model.user_proj is None else model.user_proj
+        self.cos: Tensor
+        self.sin: Tensor
+        self.item_inputs: Tensor
+        self.item_outputs: Tensor
+        self.item_bias: Tensor | None
+        self.suffix: Tensor
         with torch.no_grad():
             self._fold_items(model)
             self._fold_positions(model)
@@ -118,14 +124,14 @@ class ServingGraph(nn.Module):
         for number, layer in enumerate(self.layers):
             asking = queries[:, -1:] if layer.newest_only else queries
             allowed = causal_mask(asking, keys, valid, layer.sliding_window)
-            hidden = layer(hidden, rotation, self._prefix(number, batch), allowed)
+            hidden = layer(hidden, rotation, self._prefix(number, item_ids), allowed)
         return hidden[:, -1]
 
-    def _prefix(self, number: int, batch: int) -> tuple[Tensor, Tensor] | None:
+    def _prefix(self, number: int, item_ids: Tensor) -> tuple[Tensor, Tensor] | None:
         if not self.layout.prefix_length:
             return None
         keys, values = (self.get_buffer(f"prefix_{name}_{number}") for name in ("keys", "values"))
-        return keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1)
+        return keys.expand(item_ids.shape[0], -1, -1, -1), values.expand(item_ids.shape[0], -1, -1, -1)
 
     def _known(self, ids: Int64[Tensor, "batch count"]) -> Int64[Tensor, "batch count"]:
         return torch.where((ids >= 1) & (ids <= self.num_items), ids, 0)

@@ -38,6 +38,9 @@ class Int8Product(nn.Module):
         self.register_buffer("weight", torch.cat([layer.weight for layer in layers]).T.contiguous())
         self.register_buffer("scale", torch.cat([layer.scale for layer in layers]))
         self.register_buffer("bias", _joined_bias(layers))
+        self.weight: Tensor
+        self.scale: Tensor
+        self.bias: Tensor | None
 
     def forward(self, inputs: Float[Tensor, "batch length inputs"]) -> Float[Tensor, "batch length outputs"]:
         """Quantize each token by its own scale, multiply exactly, scale back."""
@@ -75,6 +78,7 @@ class RmsNorm(nn.Module):
     def __init__(self, norm: Any) -> None:
         super().__init__()
         self.register_buffer("weight", norm.weight.detach().clone())
+        self.weight: Tensor
         self.epsilon = float(norm.variance_epsilon)
 
     def forward(self, inputs: Float[Tensor, "... width"]) -> Float[Tensor, "... width"]:
@@ -105,8 +109,8 @@ class ServingLayer(nn.Module):
         self.out = Parallel([attention.o_proj])
         self.gate_up, self.down = Parallel([mlp.gate_proj, mlp.up_proj]), Parallel([mlp.down_proj])
         self.activation = mlp.act_fn
-        self.query_norm = RmsNorm(attention.q_norm) if hasattr(attention, "q_norm") else nn.Identity()
-        self.key_norm = RmsNorm(attention.k_norm) if hasattr(attention, "k_norm") else nn.Identity()
+        self.query_norm: nn.Module = RmsNorm(attention.q_norm) if hasattr(attention, "q_norm") else nn.Identity()
+        self.key_norm: nn.Module = RmsNorm(attention.k_norm) if hasattr(attention, "k_norm") else nn.Identity()
 
     def forward(
         self,
@@ -129,7 +133,8 @@ class ServingLayer(nn.Module):
         if self.qkv is not None:
             query, keys, values = (self._heads(part) for part in self.qkv(normed))
         else:
-            assert self.query is not None and self.key_value is not None
+            assert self.query is not None
+            assert self.key_value is not None
             asking = (rotation[0][:, -1:], rotation[1][:, -1:])
             [query] = (self._heads(part) for part in self.query(normed[:, -1:]))
             keys, values = (self._heads(part) for part in self.key_value(normed))
@@ -151,7 +156,8 @@ class ServingLayer(nn.Module):
         hidden = hidden + attended
         gate, up = self.gate_up(self.forward_norm(hidden))
         [forwarded] = self.down(self.activation(gate) * up)
-        return hidden + forwarded
+        output: Tensor = hidden + forwarded
+        return output
 
     def _heads(self, flat: Tensor) -> Tensor:
         batch, length, width = flat.shape

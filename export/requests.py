@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -161,7 +160,7 @@ class _Writer:
         lists = [named_items(answer, row, items) for row in range(len(chunk))]
         users = [request.user for request in chunk]
         if self.parquet is not None:
-            columns = [users, [ids for ids, _ in lists], [np.float32(scores) for _, scores in lists]]
+            columns = [users, [ids for ids, _ in lists], [scores for _, scores in lists]]
             self.parquet.write_table(
                 pa.table([pa.array(c, t.type) for c, t in zip(columns, SCHEMA, strict=True)], SCHEMA)
             )

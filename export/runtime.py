@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int64
+from jaxtyping import Int64
 
 from slmrec.errors import ArtifactError, CheckError, ConfigError
 from slmrec.ragged import Ragged
@@ -52,7 +52,8 @@ class OnnxRecommender:
         scores = np.full((len(histories), k), -np.inf, dtype=np.float32)
         windows = histories.item_ids.newest(int(self.signature["max_history"]))
         for rows, width in self._batches(windows.lengths):
-            found, best = self.run(windows.select(rows).pad_left(width), _exclusions(histories.select(rows)))
+            excluded = _exclusions(histories.select(rows), keep_history=bool(self.signature["keep_history"]))
+            found, best = self.run(windows.select(rows).pad_left(width), excluded)
             if np.isnan(best).any():
                 raise CheckError("the graph gave NaN scores", remedy="slmcompress verify, and make the artefact again")
             kept = min(k, found.shape[1])
@@ -61,8 +62,8 @@ class OnnxRecommender:
 
     def run(
         self, item_ids: Int64[np.ndarray, "batch history"], exclude_ids: Int64[np.ndarray, "batch excluded"]
-    ) -> tuple[Int64[np.ndarray, "batch k"], Float32[np.ndarray, "batch k"]]:
-        """The raw graph on padded ids."""
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The raw graph on padded ids: items int64 and scores float32, both [batch, top_k]."""
         found, best = self.session.run(None, {"item_ids": item_ids, "exclude_ids": exclude_ids})
         return found, best
 
@@ -136,11 +137,11 @@ def _session(graph: Path, provider: str, threads: int) -> Any:
     return session
 
 
-def _exclusions(histories: Histories) -> np.ndarray:
-    """Everything a user must not be given, each id once: the exclusions and the part of the history beyond the window."""
+def _exclusions(histories: Histories, *, keep_history: bool) -> np.ndarray:
+    """Everything a user must not be given, each id once: the exclusions and, beyond the window too, the history."""
     rows = [
-        np.unique(np.concatenate([histories.item_ids[row], histories.exclude_ids[row]]))
-        for row in range(len(histories))
+        np.unique(excluded if keep_history else np.concatenate([history, excluded]))
+        for history, excluded in zip(histories.item_ids, histories.exclude_ids, strict=True)
     ]
     ragged = Ragged.from_rows(rows)
     longest = int(ragged.lengths.max(initial=0))

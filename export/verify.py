@@ -38,10 +38,10 @@ class Verified:
 
     def to_text(self) -> str:
         """A few lines for people."""
-        golden = self.parity
+        golden, overlap = self.parity, self.parity.overlap_at_10
         lines = [f"{self.path}: {self.num_files} files are as they were made"]
         lines += [
-            f"{golden.num_users} golden requests: {golden.num_equal_lists} equal lists, top-10 overlap {golden.overlap_at_10:.4f}"
+            f"{golden.num_users} golden requests: {golden.num_equal_lists} equal lists, top-10 overlap {overlap:.4f}"
         ]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes), "verified"])
 

@@ -68,7 +68,8 @@ def _optional() -> list[Finding]:
 
 
 def _version(name: str) -> str | None:
-    for distribution in (name, f"{name}-gpu", name.replace("_", "-").replace("tensorrt-rtx", "tensorrt-rtx-cu13")):
+    dashed = name.replace("_", "-").replace("tensorrt-rtx", "tensorrt-rtx-cu13")
+    for distribution in (name, f"{name}-gpu", dashed):
         try:
             return metadata.version(distribution)
         except metadata.PackageNotFoundError:

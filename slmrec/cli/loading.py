@@ -2,11 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from slmrec.artifact import Artifact, find_artifacts, open_artifact, require_fresh
 from slmrec.cli.options import runs_folder, say
 from slmrec.errors import ArtifactError
-from slmrec.recommender import Recommender
+
+if TYPE_CHECKING:
+    from slmrec.recommender import Recommender
 
 
 def resolve_output(output: Path | None, default: str) -> Path:
@@ -44,7 +47,7 @@ def choose_student(path: Path | None, *, wanted: Callable[[Artifact], bool] = la
     return choose(students[0].path, "", "slmcompress distill", "checkpoint")
 
 
-def load_recommender(artifact: Artifact, device: str = "auto") -> Recommender:
+def load_recommender(artifact: Artifact, device: str = "auto") -> "Recommender":
     """Any artefact that recommends, as what answers `recommend`."""
     if artifact.kind == "checkpoint":
         from slmrec.models.checkpoint import load_checkpoint
