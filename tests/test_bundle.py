@@ -1,0 +1,159 @@
+"""A bundle verifies as it was made, and with one byte changed anywhere it does not."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from export.bundle import bundle
+from export.onnx_export import export_checkpoint
+from export.parity import ParityRule, compare
+from export.verify import verify
+from slmrec.artifact import Stage, open_artifact, publish
+from slmrec.config import DataConfig, ExportConfig
+from slmrec.dataset import load_dataset
+from slmrec.errors import ArtifactError, CheckError
+from slmrec.interactions import prepare_dataset
+from slmrec.models.checkpoint import save_checkpoint
+from slmrec.recommender import TopK
+from slmrec.synthetic import write_log
+
+FP32, INT8 = ParityRule(precision="fp32"), ParityRule(precision="int8")
+
+
+@pytest.fixture(scope="module")
+def made(tiny_model, tmp_path_factory):
+    """A bundle of a random model."""
+    runs = tmp_path_factory.mktemp("runs")
+    prepare_dataset([write_log(runs / "log.txt", num_items=40, num_users=60)], runs / "data", DataConfig())
+    data = load_dataset(runs / "data")
+    with publish(runs / "student", Stage(name="distill", kind="checkpoint", settings={})) as folder:
+        save_checkpoint(folder, tiny_model(prompt="none", num_items=data.num_items))
+        data.items.save(folder)
+    graph, _ = export_checkpoint(open_artifact(runs / "student"), data, runs / "export", ExportConfig())
+    bundle(graph, data, runs / "bundle")
+    return runs / "bundle"
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.fixture
+def copy(made, tmp_path):
+    return Path(shutil.copytree(made, tmp_path / "copy"))
+
+
+def test_a_bundle_verifies_wherever_it_is_moved(copy):
+    verified = verify(copy)
+    assert verified.parity.num_equal_lists == verified.parity.num_users == 60
+    assert verified.num_files == len(files(copy))
+
+
+def test_a_bundle_holds_what_the_contract_names(made):
+    names = {path.relative_to(made).as_posix() for path in files(made)}
+    assert {"model.onnx", "model.onnx.data", "signature.json", "items.parquet", "golden.npz", "README.md"} <= names
+    assert {"manifest.json", "SHA256SUMS", "triton/recommend/config.pbtxt"} <= names
+    assert {f"triton/recommend/1/model.onnx/{name}" for name in ("model.onnx", "model.onnx.data")} <= names
+    assert subprocess.run(["sha256sum", "-c", "--quiet", "SHA256SUMS"], cwd=made, check=False).returncode == 0
+
+
+def test_one_changed_byte_in_any_file_fails(copy):
+    for path in files(copy):
+        original = path.read_bytes()
+        for place in {0, len(original) // 2, len(original) - 1}:
+            changed = bytearray(original)
+            changed[place] ^= 0x20
+            path.write_bytes(bytes(changed))
+            with pytest.raises((CheckError, ArtifactError)):
+                verify(copy)
+        path.write_bytes(original)
+    verify(copy)
+
+
+@pytest.mark.parametrize("change", ["extra", "missing", "link", "appended"])
+def test_files_that_come_or_go_fail(copy, change):
+    if change == "extra":
+        (copy / "plugin.so").write_bytes(b"x")
+    elif change == "missing":
+        (copy / "README.md").unlink()
+    elif change == "link":
+        (copy / "README.md").unlink()
+        (copy / "README.md").symlink_to("/etc/hostname")
+    else:
+        with (copy / "SHA256SUMS").open("a") as stream:
+            stream.write("\n")
+    with pytest.raises(CheckError, match="does not verify"):
+        verify(copy)
+
+
+def test_answers_that_differ_fail_even_when_all_sums_are_right(made, tmp_path):
+    from export.bundle import write_sums
+
+    copy = Path(shutil.copytree(made, tmp_path / "copy"))
+    with np.load(copy / "golden.npz") as stored:
+        golden = dict(stored)
+    golden["top_items"][0, [0, 1]] = golden["top_items"][0, [1, 0]]
+    np.savez(copy / "golden.npz", **golden)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    from slmrec.artifact import file_sha256
+
+    entry = {"sha256": file_sha256(copy / "golden.npz"), "size_bytes": (copy / "golden.npz").stat().st_size}
+    manifest["files"]["golden.npz"] = entry
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    write_sums(copy)
+    with pytest.raises(CheckError, match="do not answer alike"):
+        verify(copy)
+
+
+def test_a_folder_that_is_no_bundle_is_refused(tmp_path):
+    with pytest.raises(ArtifactError, match="no bundle"):
+        verify(tmp_path)
+
+
+def test_verify_and_recommend_need_no_pytorch(made):
+    script = (
+        "import sys; from pathlib import Path; from export.verify import verify\n"
+        f"verify(Path({str(made)!r}))\n"
+        "import slmrec.errors, slmrec.config, export.runtime\n"
+        "print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def top(items, scores):
+    return TopK(np.array([items]), np.array([scores], dtype=np.float32))
+
+
+def test_near_ties_may_swap_and_nothing_else():
+    expected = top([3, 5, 7], [10.0, 9.0, 8.99999])
+    compare(expected, top([3, 7, 5], [10.0, 9.0, 8.99999]), FP32)
+    with pytest.raises(CheckError):
+        compare(expected, top([5, 3, 7], [10.0, 9.0, 8.99999]), FP32)
+    with pytest.raises(CheckError):
+        compare(expected, top([3, 5, 9], [10.0, 9.0, 8.5]), FP32)
+
+
+def test_a_strange_item_at_the_end_needs_a_score_like_the_last():
+    compare(top([3, 5], [10.0, 9.0]), top([3, 8], [10.0, 9.00001]), FP32)
+    with pytest.raises(CheckError):
+        compare(top([3, 5], [10.0, 9.0]), top([8, 5], [10.0, 9.0]), FP32)
+
+
+@pytest.mark.parametrize("rule", [FP32, INT8])
+def test_nan_never_passes(rule):
+    with pytest.raises(CheckError):
+        compare(top([1, 2], [1.0, 0.5]), top([1, 2], [np.nan, 0.5]), rule)
+    with pytest.raises(CheckError):
+        compare(top([1, 2], [1.0, 0.5]), top([1, 2], [1.0, -np.inf]), rule)
+
+
+def test_8_bit_lists_must_overlap():
+    compare(top([1, 2], [1.0, 0.5]), top([2, 1], [0.9, 0.6]), INT8)
+    with pytest.raises(CheckError, match="overlap"):
+        compare(top([1, 2], [1.0, 0.5]), top([1, 3], [1.0, 0.5]), INT8)

@@ -1,0 +1,169 @@
+"""The serving graph against the model it was made from, and its top-K against a sort."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compress.quantize import quantize_model
+from export.graph import block_max_top_k, causal_mask
+from export.onnx_export import export_model
+from export.parity import ParityRule, compare, score_gaps
+from export.runtime import OnnxRecommender
+from slmrec.config import ExportConfig
+from slmrec.models.ranking import TorchRecommender, top_k
+from slmrec.ragged import Ragged
+from slmrec.recommender import Histories
+
+CASES = [
+    ("llama", "none", "compact", "tied", False),
+    ("mistral", "prefix", "padded", "linear", True),
+    ("qwen2", "slmrec", "compact", "tied", True),
+    ("qwen3", "slmrec", "padded", "tied", False),
+    ("llama", "prefix", "compact", "tied", True),
+    ("qwen3", "none", "padded", "linear", False),
+]
+
+
+def histories(num_items=20, users=40, longest=14):
+    generator = np.random.default_rng(0)
+    rows = [generator.permutation(num_items)[: generator.integers(1, longest)] + 1 for _ in range(users)]
+    return Histories.of(Ragged.from_rows(rows))
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(map(str, case)))
+def pair(request, tiny_model, tmp_path_factory):
+    """A model and its graph, of every family, prompt, position convention and head, fp32 and 8-bit."""
+    family, prompt, positions, head, eight_bit = request.param
+    model = tiny_model(family=family, prompt=prompt, positions=positions, head=head).eval()
+    if eight_bit:
+        model = quantize_model(model).eval()
+    folder = tmp_path_factory.mktemp("graph")
+    export_model(model, folder, ExportConfig())
+    return TorchRecommender(model, "cpu"), OnnxRecommender(folder)
+
+
+def test_the_graph_ranks_as_the_model_does(pair):
+    expected, actual = (recommender.recommend(histories(), 15) for recommender in pair)
+    gaps = score_gaps(expected.scores, actual.scores)
+    if pair[1].signature["precision"] == "fp32":
+        assert (gaps <= 2e-5).all()
+        assert (expected.item_ids == actual.item_ids).all()
+    else:  # a rounding that falls on the other side moves a few scores by one step of 8 bits
+        assert (gaps <= 2e-5).mean() > 0.9
+        assert compare(expected, actual, ParityRule(precision="int8")).overlap_at_10 >= 0.99
+
+
+def test_ids_that_do_not_exist_count_as_padding_in_the_raw_graph(pair):
+    graph = pair[1]
+    nobody = np.zeros((1, 0), dtype=np.int64)
+    expected = graph.run(np.array([[0, 0, 0, 0, 3, 4]]), nobody)
+    strange = graph.run(np.array([[-1, 0, 21, 2**40, 3, 4]]), np.array([[-1, 0, 21, 2**40, -(2**40)]]))
+    assert (expected[0] == strange[0]).all()
+    np.testing.assert_array_equal(expected[1], strange[1])
+
+
+def test_padding_of_the_raw_graph_changes_nothing_but_rounding(pair):
+    graph = pair[1]
+    narrow = graph.run(np.array([[5, 3, 4]]), np.zeros((1, 0), dtype=np.int64))
+    wide = graph.run(np.array([[0, 0, 0, 0, 5, 3, 4]]), np.zeros((1, 4), dtype=np.int64))
+    assert (score_gaps(narrow[1], wide[1]) <= 2e-5).all()
+
+
+def test_a_user_alone_gets_the_very_bits_he_gets_in_ragged_company(pair):
+    graph, users = pair[1], histories()
+    together = graph.recommend(users, 10)
+    for row in range(len(users)):
+        alone = graph.recommend(users.select(np.array([row])), 10)
+        assert alone.item_ids[0].tolist() == together.item_ids[row].tolist()
+        np.testing.assert_allclose(alone.scores[0], together.scores[row], rtol=2e-6, atol=1e-6)
+
+
+def test_what_is_excluded_never_comes_back_and_the_tail_is_padding(pair):
+    graph = pair[1]
+    history, excluded = np.array([[1, 2, 3]]), np.arange(4, 18)[None]
+    items, scores = graph.run(history, excluded)
+    assert set(items[0, :3].tolist()) == {18, 19, 20}
+    assert items[0, 3:].tolist() == [0] * 17
+    assert (scores[0, 3:] == -np.inf).all()
+
+
+def test_keep_history_allows_repeats(tiny_model, tmp_path):
+    export_model(tiny_model(prompt="none").eval(), tmp_path, ExportConfig(keep_history=True))
+    graph = OnnxRecommender(tmp_path)
+    row = Ragged.from_rows([[1, 2, 3]])
+    free = graph.recommend(Histories(row, Ragged.from_rows([[]])), 20).item_ids[0]
+    assert {1, 2, 3} <= set(free.tolist())
+    assert not {1, 2} & set(graph.recommend(Histories(row, Ragged.from_rows([[1, 2]])), 18).item_ids[0].tolist())
+
+
+def test_8_bit_weights_are_stored_in_8_bits(tiny_model, tmp_path):
+    import onnx
+
+    export_model(quantize_model(tiny_model(prompt="none")).eval(), tmp_path, ExportConfig())
+    model = onnx.load(tmp_path / "model.onnx")
+    kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    products = [node for node in model.graph.node if node.op_type == "MatMulInteger"]
+    assert len(products) == 4 * 2 + 5  # fused projections; the last layer asks apart
+    assert all(kinds[node.input[1]] == onnx.TensorProto.INT8 for node in products)
+    assert all(opset.version == 20 for opset in model.opset_import if opset.domain == "")
+
+
+def test_nan_weights_give_nan_scores_and_no_list(tiny_model, tmp_path):
+    from slmrec.errors import CheckError
+
+    model = tiny_model(prompt="none").eval()
+    with torch.no_grad():
+        model.decoder.norm.weight[0] = torch.nan
+    export_model(model, tmp_path, ExportConfig())
+    for recommender in (OnnxRecommender(tmp_path), TorchRecommender(model, "cpu")):
+        with pytest.raises(CheckError, match="NaN"):
+            recommender.recommend(histories(), 5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 2000), st.integers(1, 40), st.integers(0, 2**31), st.integers(1, 6))
+def test_block_max_top_k_equals_a_sort(columns, k, seed, levels):
+    k = min(k, columns)
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(0, 10**levels, (3, columns), generator=generator).float()
+    best, items = block_max_top_k(scores, k)
+    assert torch.equal(best, scores.sort(dim=1, descending=True).values[:, :k])
+    assert torch.equal(scores.gather(1, items), best)
+    assert all(len(set(row.tolist())) == k for row in items)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 600), st.integers(1, 40), st.integers(0, 2**31), st.integers(1, 6))
+def test_torch_top_k_breaks_ties_by_smaller_id(columns, k, seed, levels):
+    k = min(k, columns)
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(-(10**levels), 10**levels, (3, columns), generator=generator).float() / 7
+    items, best = top_k(scores, k)
+    for row in range(3):
+        order = sorted(range(columns), key=lambda c: (-scores[row, c].item(), c))[:k]
+        assert items[row].tolist() == [column + 1 for column in order]
+        assert best[row].tolist() == scores[row, order].tolist()
+
+
+def test_ties_in_a_large_catalogue_go_to_the_smaller_id_in_the_graph(tiny_model, tmp_path):
+    model = tiny_model(prompt="none", num_items=5000).eval()
+    with torch.no_grad():
+        model.item_table.weight[1:] = model.item_table.weight[1:6].repeat(1000, 1)  # five scores, a thousand times each
+    export_model(model, tmp_path, ExportConfig(top_k=30))
+    users = Histories.of(Ragged.from_rows([[1, 2, 3], [7]]))
+    expected, actual = (r.recommend(users, 30) for r in (TorchRecommender(model, "cpu"), OnnxRecommender(tmp_path)))
+    for row, seen in enumerate([{1, 2, 3}, {7}]):
+        residue = (actual.item_ids[row, 0] - 1) % 5
+        unseen = [item for item in range(1, 5001) if (item - 1) % 5 == residue and item not in seen]
+        assert actual.item_ids[row].tolist() == unseen[:30]
+    assert (score_gaps(expected.scores, actual.scores) <= 2e-5).all()
+
+
+def test_a_sliding_window_counts_real_tokens():
+    queries = keys = torch.tensor([[-1, -1, 0, 1, 2, 3]])
+    valid = torch.tensor([[False, False, True, True, True, True]])
+    allowed = causal_mask(queries, keys, valid, 2)[0, 0]
+    assert allowed[5].tolist() == [False, False, False, False, True, True]
+    assert causal_mask(queries, keys, valid, None)[0, 0, 5].tolist() == [False, False, True, True, True, True]
