@@ -129,12 +129,11 @@ def synthetic_recipe(seed: int, backbone: str) -> Recipe:
 
 def _pipeline(run: Demo, files: "list[Path]", recipe: Recipe) -> dict[str, Any]:
     """Every stage, each from the artefact before it; stages that are up to date are passed over."""
+    from compress.distill import distill
+    from compress.quantize import quantize
     from export.bundle import bundle
     from export.onnx_export import export_checkpoint
     from export.verify import verify
-
-    from compress.distill import distill
-    from compress.quantize import quantize
     from slmrec.dataset import load_dataset
     from slmrec.interactions import prepare_dataset
     from slmrec.train_items import train_items
