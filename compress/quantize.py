@@ -99,7 +99,8 @@ def read_gate(artifact: Artifact) -> tuple[dict[str, Any], str]:
     """How an 8-bit checkpoint passed its gate: the record, and a line for people."""
     record = json.loads((artifact.path / GATE_FILE).read_text(encoding="utf-8"))
     fields = {name: record[name] for name in Gate.__dataclass_fields__}
-    return record, Gate(**fields).to_text()
+    kept = f"; fp32: {', '.join(record['kept_fp'])}" if record["kept_fp"] else ""
+    return record, Gate(**fields).to_text() + kept
 
 
 def quantize_model(model: DecoderModel, keep_fp: Sequence[str] = ()) -> DecoderModel:

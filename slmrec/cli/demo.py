@@ -130,7 +130,7 @@ def synthetic_recipe(seed: int, backbone: str) -> Recipe:
 def _pipeline(run: Demo, files: "list[Path]", recipe: Recipe) -> dict[str, Any]:
     """Every stage, each from the artefact before it; stages that are up to date are passed over."""
     from compress.distill import distill
-    from compress.quantize import quantize
+    from compress.quantize import quantize, read_gate
     from export.bundle import bundle
     from export.onnx_export import export_checkpoint
     from export.verify import verify
@@ -147,26 +147,15 @@ def _pipeline(run: Demo, files: "list[Path]", recipe: Recipe) -> dict[str, Any]:
         "train-teacher", lambda: train_teacher(items, data, at / "teacher", recipe.teacher, force=force)
     )
     student, _ = run.timed("distill", lambda: distill(teacher, data, at / "student", recipe.student, force=force))
-    int8, _ = run.timed("quantize", lambda: _quantize_or_keep(quantize, student, data, at / "student-int8", force))
+    gated = QuantizeConfig(auto_keep=True)
+    int8, _ = run.timed("quantize", lambda: quantize(student, data, at / "student-int8", gated, force=force))
+    say(read_gate(int8)[1])
     graph, _ = run.timed("export", lambda: export_checkpoint(int8, data, at / "export", ExportConfig(), force=force))
     rows = {"sasrec": items, "teacher": teacher, "student": student, "student-int8-onnx": graph}
     benchmark = run.timed("benchmark", lambda: _benchmark(rows, data, recipe.benchmark, at / "report"))
     run.timed("bundle", lambda: bundle(graph, data, at / "bundle", report=at / "report", force=force))
     verified = run.timed("verify", lambda: verify(at / "bundle"))
     return {"runs": str(at), "benchmark": benchmark, "verified": verified.to_json()}
-
-
-def _quantize_or_keep(
-    quantize: Callable[..., Any], student: "Artifact", data: "Dataset", output: Path, force: bool
-) -> "tuple[Artifact, bool]":
-    """8 bits everywhere or, should the gate not hold, with the most sensitive layers in fp32: tried once."""
-    from slmrec.errors import CheckError
-
-    try:
-        return quantize(student, data, output, QuantizeConfig(), force=force)  # type: ignore[no-any-return]
-    except CheckError as error:
-        say(f"{error.problem}; once more with --auto-keep")
-        return quantize(student, data, output, QuantizeConfig(auto_keep=True), force=force)  # type: ignore[no-any-return]
 
 
 def _benchmark(rows: "dict[str, Artifact]", data: "Dataset", config: BenchmarkConfig, output: Path) -> "dict[str, Any]":
