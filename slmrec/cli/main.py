@@ -41,7 +41,8 @@ def main(runs: Path | None) -> None:
 
 for command in (
     demo.demo, doctor.doctor, data.data, train.train_items, train.train_teacher, build.distill, build.prune,
-    build.quantize, artifacts.export, artifacts.bundle, artifacts.verify, bench.evaluate, bench.benchmark, artifacts.recommend,
+    build.quantize, artifacts.export, artifacts.bundle, artifacts.verify, artifacts.recommend, bench.evaluate,
+    bench.benchmark,
 ):  # fmt: skip
     main.add_command(command)
 

@@ -9,6 +9,7 @@ import polars as pl
 
 from slmrec.config import DataConfig
 from slmrec.errors import DataError
+from slmrec.formats.rows import column_position
 
 Titles = dict[str, tuple[str | None, str | None]]
 """External item id -> title, categories."""
@@ -50,18 +51,16 @@ def read_item_file(path: Path, config: DataConfig) -> Titles:
         rows = (line.split("::") for line in path.read_text(encoding="latin-1").splitlines())
         return {row[0]: (row[1], row[2].replace("|", " ")) for row in rows}
     names, table = _table(path)
-    lower = [name.lower() for name in names]
-    ids = _column(path, names, lower, config.item_id_column, ID_NAMES)
-    titles = _column(path, names, lower, config.title_column, TITLE_NAMES)
-    categories = next((lower.index(name) for name in CATEGORY_NAMES if name in lower), None)
+    ids = _column(path, names, config.item_id_column, ID_NAMES)
+    titles = _column(path, names, config.title_column, TITLE_NAMES)
+    categories = column_position(names, CATEGORY_NAMES)
     return {
         row[ids]: (row[titles] or None, row[categories] or None if categories is not None else None) for row in table
     }
 
 
-def _column(path: Path, names: list[str], lower: list[str], given: str | None, usual: Sequence[str]) -> int:
-    options = [given.lower()] if given else usual
-    position = next((lower.index(option) for option in options if option in lower), None)
+def _column(path: Path, names: list[str], given: str | None, usual: Sequence[str]) -> int:
+    position = column_position(names, [given] if given else usual)
     if position is None:
         raise DataError(
             f"{path} has no column {given or usual[0]!r}; its columns are {', '.join(names)}",
@@ -81,8 +80,8 @@ def _table(path: Path) -> tuple[list[str], list[list[str]]]:
         names = list(records[0]) if records else []
         return names, [[_text(record.get(name)) for name in names] for record in records]
     separator = "," if path.suffix == ".csv" else "\t"
-    quoting = csv.QUOTE_MINIMAL if separator == "," else csv.QUOTE_NONE
-    rows = list(csv.reader(text.splitlines(), delimiter=separator, quoting=quoting))
+    lines = text.splitlines()
+    rows = list(csv.reader(lines)) if separator == "," else [line.split(separator) for line in lines]
     if path.name == "titles.tsv" and rows and rows[0][0].isdigit():
         rows = [["id", "title", "categories"], *rows]
     if not rows:
