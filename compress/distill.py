@@ -20,10 +20,10 @@ from slmrec.evaluate import validation_ndcg
 from slmrec.models.checkpoint import load_decoder, quantized_layers, save_checkpoint
 from slmrec.models.decoder import DecoderModel, decoder_settings
 from slmrec.models.ranking import TorchRecommender, resolve_device
-from slmrec.samples import Samples, cross_entropy, training_samples
+from slmrec.samples import Samples, cross_entropy
 from slmrec.sequences import validation_cases
 from slmrec.train import Batch, Progress, Task, train
-from slmrec.train_teacher import ITEM_PARAMETERS, load_backbone
+from slmrec.train_teacher import ITEM_PARAMETERS, load_backbone, teacher_samples
 
 
 class DistillObjective(nn.Module):
@@ -92,7 +92,7 @@ def distill(
     teacher = load_decoder(teacher_artifact)
     require_distillable(teacher, config)
     student = build_student(teacher, config)
-    samples = teacher_samples(teacher_artifact, teacher, data)
+    samples = student_samples(teacher_artifact, teacher, data)
     work = work_folder(output)
     progress = _fit(teacher, DistillObjective(student, config), samples, data, (work, stage.key, device))
     with publish(output, stage) as folder:
@@ -138,11 +138,9 @@ def build_student(teacher: DecoderModel, config: DistillConfig) -> DecoderModel:
     return student
 
 
-def teacher_samples(artifact: Artifact, teacher: DecoderModel, data: Dataset) -> Samples:
+def student_samples(artifact: Artifact, teacher: DecoderModel, data: Dataset) -> Samples:
     """The samples the teacher was trained on."""
-    window = WindowConfig(**artifact.settings["window"])
-    recipe = teacher.spec.recipe
-    return training_samples(data.sequences, window, recipe.supervision, after_suffix=recipe.prompt == "slmrec")
+    return teacher_samples(teacher.spec.recipe, WindowConfig(**artifact.settings["window"]), data)
 
 
 def _fit(

@@ -1,7 +1,7 @@
 """data: raw logs become a dataset, streamed: only integer codes and timestamps stay in memory."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +40,29 @@ class Interactions:
         return Interactions(self.users[rows], self.items[rows], self.timestamps[rows], self.user_ids, self.item_ids)
 
 
-@dataclass
 class _Codes:
     """Dense codes for external ids, given out in the order ids are met."""
 
-    known: dict[str, int] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.known = pl.DataFrame(schema={"id": pl.String, "code": pl.Int32})
+
+    @property
+    def ids(self) -> list[str]:
+        """External ids, the one of code 0 first."""
+        return self.known["id"].to_list()
 
     def encode(self, ids: pl.Series) -> np.ndarray:
-        distinct = ids.unique(maintain_order=True)
-        codes = [self.known.setdefault(value, len(self.known)) for value in distinct]
-        table = pl.Series(codes, dtype=pl.Int32)
-        return ids.replace_strict(distinct, table, return_dtype=pl.Int32).to_numpy()
+        """Codes of some ids, int32."""
+        codes = self._look_up(ids)
+        if codes.null_count():
+            new = ids.filter(codes.is_null()).unique(maintain_order=True)
+            numbers = pl.int_range(len(self.known), len(self.known) + len(new), dtype=pl.Int32, eager=True)
+            self.known = pl.concat([self.known, pl.DataFrame({"id": new, "code": numbers})], rechunk=True)
+            codes = self._look_up(ids)
+        return codes.to_numpy()
+
+    def _look_up(self, ids: pl.Series) -> pl.Series:
+        return ids.to_frame("id").join(self.known, on="id", how="left", maintain_order="left")["code"]
 
 
 def prepare_dataset(
@@ -77,7 +89,7 @@ def prepare_dataset(
     raw = collect(blocks)
     if not len(raw):
         raise DataError(f"{files[0]} holds no interaction", remedy="a file with one interaction per line")
-    kept = sort_events(drop_duplicates(raw))
+    kept = drop_duplicates(sort_events(raw))
     num_duplicates = len(raw) - len(kept)
     cored = k_core(kept, config.min_events)
     counts = {
@@ -104,7 +116,7 @@ def collect(blocks: Iterator[Block]) -> Interactions:
         empty = np.zeros(0, np.int32)
         return Interactions(empty, empty, np.zeros(0), [], [])
     user_codes, item_codes, timestamps = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return Interactions(user_codes, item_codes, timestamps, list(users.known), list(items.known))
+    return Interactions(user_codes, item_codes, timestamps, users.ids, items.ids)
 
 
 def sort_events(log: Interactions) -> Interactions:
@@ -113,14 +125,16 @@ def sort_events(log: Interactions) -> Interactions:
 
 
 def drop_duplicates(log: Interactions) -> Interactions:
-    """The first of each set of rows equal in user, item and timestamp."""
-    order = np.lexsort((log.timestamps, log.items, log.users))
-    same = np.ones(len(log), dtype=bool)
-    same[:1] = False
-    for column in (log.users, log.items, log.timestamps):
-        ordered = column[order]
-        same[1:] &= ordered[1:] == ordered[:-1]
-    return log.select(np.sort(order[~same]))
+    """The first of each set of rows equal in user, item and timestamp, of a sorted log."""
+    follows = np.zeros(len(log), dtype=bool)
+    follows[1:] = (log.users[1:] == log.users[:-1]) & (log.timestamps[1:] == log.timestamps[:-1])
+    tie = np.cumsum(~follows)  # rows of one user at one time share a number
+    tied = np.flatnonzero(follows | np.append(follows[1:], False))
+    order = tied[np.lexsort((log.items[tied], tie[tied]))]  # stable: the first met comes first
+    repeated = (tie[order][1:] == tie[order][:-1]) & (log.items[order][1:] == log.items[order][:-1])
+    kept = np.ones(len(log), dtype=bool)
+    kept[order[1:][repeated]] = False
+    return log if kept.all() else log.select(np.flatnonzero(kept))
 
 
 def k_core(log: Interactions, min_events: int) -> Interactions:
@@ -137,15 +151,17 @@ def k_core(log: Interactions, min_events: int) -> Interactions:
 
 def renumber(log: Interactions) -> Interactions:
     """Codes without gaps, after users or items were filtered out."""
-    users, user_codes = np.unique(log.users, return_inverse=True)
-    items, item_codes = np.unique(log.items, return_inverse=True)
-    return Interactions(
-        user_codes.astype(np.int32),
-        item_codes.astype(np.int32),
-        log.timestamps,
-        [log.user_ids[code] for code in users],
-        [log.item_ids[code] for code in items],
-    )
+    users, user_ids = _without_gaps(log.users, log.user_ids)
+    items, item_ids = _without_gaps(log.items, log.item_ids)
+    return Interactions(users, items, log.timestamps, user_ids, item_ids)
+
+
+def _without_gaps(codes: np.ndarray, ids: Sequence[str]) -> tuple[np.ndarray, Sequence[str]]:
+    used = np.bincount(codes, minlength=len(ids)) > 0
+    if used.all():
+        return codes, ids
+    numbers = (np.cumsum(used) - 1).astype(np.int32)
+    return numbers[codes], [ids[code] for code in np.flatnonzero(used).tolist()]
 
 
 def statistics(log: Interactions) -> dict[str, Any]:
@@ -156,8 +172,8 @@ def statistics(log: Interactions) -> dict[str, Any]:
     last, before = ends[evaluable] - 1, ends[evaluable] - 2
     is_last = np.zeros(len(log), dtype=bool)
     is_last[ends - 1] = True
-    pairs = log.users.astype(np.int64) * len(log.item_ids) + log.items
-    repeats = np.isin(pairs[last], pairs[~is_last])
+    is_target = log.items == log.items[ends - 1][log.users]
+    repeats = np.bincount(log.users[is_target & ~is_last], minlength=len(lengths))[evaluable] > 0
     return {
         "num_users": len(log.user_ids),
         "num_items": len(log.item_ids),

@@ -12,9 +12,14 @@ from slmrec.evaluate import validation_ndcg
 from slmrec.models.checkpoint import save_checkpoint
 from slmrec.models.ranking import TorchRecommender, resolve_device
 from slmrec.models.sasrec import Sasrec
-from slmrec.samples import NextItemObjective, training_samples
+from slmrec.samples import NextItemObjective, Samples, training_samples
 from slmrec.sequences import validation_cases
 from slmrec.train import Task, train
+
+
+def item_samples(config: SasrecConfig, data: Dataset) -> Samples:
+    """What SASRec is trained on: every position of every window."""
+    return training_samples(data.sequences, config.window, "all", after_suffix=False)
 
 
 def train_items(
@@ -26,7 +31,7 @@ def train_items(
         return open_artifact(output), True
     torch.manual_seed(config.train.seed)
     model = Sasrec(config, data.num_items)
-    samples = training_samples(data.sequences, config.window, "all", after_suffix=False)
+    samples = item_samples(config, data)
     cases = validation_cases(data.sequences)
     target = resolve_device(device)
     task = Task(

@@ -19,7 +19,7 @@ from slmrec.artifact import (
     work_folder,
 )
 from slmrec.catalogue import load_catalogue, require_same_catalogue
-from slmrec.config import TeacherConfig, settings_of
+from slmrec.config import RecipeConfig, TeacherConfig, WindowConfig, settings_of
 from slmrec.dataset import Dataset
 from slmrec.errors import ArtifactError
 from slmrec.evaluate import validation_ndcg
@@ -29,7 +29,7 @@ from slmrec.models.prompt import prompt_embeddings
 from slmrec.models.ranking import TorchRecommender, resolve_device
 from slmrec.models.sasrec import Sasrec
 from slmrec.models.titles import title_vectors
-from slmrec.samples import NextItemObjective, training_samples
+from slmrec.samples import NextItemObjective, Samples, training_samples
 from slmrec.sequences import validation_cases
 from slmrec.sources import backbone_folder
 from slmrec.train import Task, train
@@ -127,6 +127,11 @@ def scale_item_inputs(model: DecoderModel, token_rms: float) -> None:
             title_map.weight.zero_()
 
 
+def teacher_samples(recipe: RecipeConfig, window: WindowConfig, data: Dataset) -> Samples:
+    """What a teacher, and after it its student, is trained on."""
+    return training_samples(data.sequences, window, recipe.supervision, after_suffix=recipe.prompt == "slmrec")
+
+
 def train_teacher(
     items: Artifact, data: Dataset, output: Path, config: TeacherConfig, *, device: str = "auto", force: bool = False
 ) -> tuple[Artifact, bool]:
@@ -157,10 +162,7 @@ def train_teacher(
 def _fit(
     model: DecoderModel, data: Dataset, config: TeacherConfig, work: Path, key: str, device: str
 ) -> list[dict[str, Any]]:
-    recipe = config.recipe
-    samples = training_samples(
-        data.sequences, config.window, recipe.supervision, after_suffix=recipe.prompt == "slmrec"
-    )
+    samples = teacher_samples(config.recipe, config.window, data)
     cases = validation_cases(data.sequences)
     target = resolve_device(device)
     task = Task(

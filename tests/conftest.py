@@ -2,7 +2,7 @@
 
 import jaxtyping
 
-jaxtyping.install_import_hook(["slmrec", "compress", "export"], "beartype.beartype")
+jaxtyping.install_import_hook(["slmrec", "compress", "export"], "shape_checks.checked")
 
 import pytest  # noqa: E402
 

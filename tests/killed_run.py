@@ -1,4 +1,4 @@
-"""A training run that kills itself (SIGKILL) at a named moment: `python killed_run.py STAGE RUNS MOMENT COUNT`.
+"""A training run that kills itself (SIGKILL) at a named moment: python killed_run.py STAGE RUNS BACKBONE MOMENT COUNT.
 
 The COUNT-th time the moment comes, the process dies; with MOMENT "never" the run ends on its own.
 """
@@ -68,11 +68,11 @@ def arrange(moment: str, count: int) -> None:
 
 
 def main() -> None:
-    stage, runs, moment, count = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
-    arrange(moment, count)
+    stage, runs, folder, moment, count = sys.argv[1:]
+    arrange(moment, int(count))
     from slmrec.cli.main import main as command
 
-    backbone = ["--backbone", str(Path(runs) / "backbone"), "--num-layers", "2"] if stage == "train-teacher" else []
+    backbone = ["--backbone", folder, "--num-layers", "2"] if stage == "train-teacher" else []
     student = ["--num-layers", "2", "--num-blocks", "2"] if stage == "distill" else []
     flags = ["--epochs", "2", "--save-every-steps", "3", "--batch-size", "64", "--precision", "fp32"]
     prompt = ["--prompt", "none"] if stage == "train-teacher" else []

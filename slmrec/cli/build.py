@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from slmrec.cli.loading import choose, choose_student, resolve_output
-from slmrec.cli.options import common_options, data_option, model_option, output_option, print_result
+from slmrec.cli.options import common_options, data_option, dry_run_option, model_option, output_option, print_result
 from slmrec.config import DistillConfig, QuantizeConfig, TrainConfig
 from slmrec.errors import ConfigError
 
@@ -38,10 +38,11 @@ from slmrec.errors import ConfigError
 @model_option
 @data_option
 @output_option("student")
+@dry_run_option
 @common_options
 def distill(
     model: Path | None, data: Path | None, output: Path | None, device: str, seed: int, as_json: bool, force: bool,
-    **flags: Any,
+    dry_run: bool, **flags: Any,
 ) -> None:  # fmt: skip
     """Train a small student to follow the teacher's features, block by block."""
     train = TrainConfig(**{n: flags.pop(n) for n in TrainConfig.__dataclass_fields__ if n in flags}, seed=seed)
@@ -49,11 +50,18 @@ def distill(
     teacher = choose(model, "teacher", "slmcompress train-teacher", "checkpoint")
     dataset = choose(data, "data", "slmcompress data FILE", "dataset")
     from compress.distill import distill as run
-    from slmrec.cli.stages import trained
+    from compress.distill import require_distillable, student_samples
+    from slmrec.cli.stages import planned, trained
     from slmrec.dataset import load_dataset
+    from slmrec.models.checkpoint import load_decoder
 
-    output = resolve_output(output, "student")
-    result = run(teacher, load_dataset(dataset.path), output, config, device=device, force=force)
+    output, log = resolve_output(output, "student"), load_dataset(dataset.path)
+    if dry_run:
+        decoder = load_decoder(teacher)
+        require_distillable(decoder, config)
+        print_result(*planned(output, student_samples(teacher, decoder, log), config.train), as_json=as_json)
+        return
+    result = run(teacher, log, output, config, device=device, force=force)
     print_result(*trained(*result), as_json=as_json)
 
 

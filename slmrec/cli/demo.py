@@ -120,7 +120,7 @@ def synthetic_recipe(seed: int, backbone: str) -> Recipe:
             backbone=backbone,
             num_layers=4,
             recipe=RecipeConfig(prompt="none", titles="none", dropout=0.0),
-            train=TrainConfig(epochs=8, **train),  # type: ignore[arg-type]
+            train=TrainConfig(epochs=16, **train),  # type: ignore[arg-type]
         ),
         student=DistillConfig(num_layers=2, num_blocks=2, train=TrainConfig(epochs=8, **train)),  # type: ignore[arg-type]
         benchmark=BenchmarkConfig(rounds=100, batch_rounds=5),

@@ -36,6 +36,12 @@ def common_options(command: Command) -> Command:
     return command
 
 
+def dry_run_option(command: Command) -> Command:
+    """--dry-run, of commands that run for long."""
+    text = "Check the input, say what would be done, and stop."
+    return click.option("--dry-run", is_flag=True, help=text)(command)
+
+
 def model_option(command: Command) -> Command:
     """-m/--model: the input artefact."""
     return click.option("-m", "--model", type=click.Path(path_type=Path), help="Input artefact.")(command)

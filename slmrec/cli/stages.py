@@ -1,10 +1,13 @@
 """What a command says of the artefact it made."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 from slmrec.artifact import Artifact
+from slmrec.config import TrainConfig
 from slmrec.models.checkpoint import TRAINING_FILE
+from slmrec.samples import Samples
 
 
 def made(artifact: Artifact, was_there: bool) -> dict[str, Any]:
@@ -32,4 +35,23 @@ def trained(artifact: Artifact, was_there: bool) -> tuple[dict[str, Any], str]:
     result = made(artifact, was_there) | {"validation_ndcg@10": best["validation_ndcg@10"], "best_epoch": best["epoch"]}
     metric, epoch = best["validation_ndcg@10"], best["epoch"] + 1
     text = f"{made_text(artifact, was_there)}; validation NDCG@10 {metric:.4f} (epoch {epoch})"
+    return result, text
+
+
+def planned(output: Path, samples: Samples, config: TrainConfig) -> tuple[dict[str, Any], str]:
+    """Result and text of a training stage's --dry-run."""
+    steps = -(-len(samples.lengths) // config.batch_size) * config.epochs
+    result = {
+        "output": str(output),
+        "dry_run": True,
+        "num_samples": len(samples.lengths),
+        "num_items_read": int(samples.lengths.sum()),
+        "num_targets": int(samples.num_targets.sum()),
+        "epochs": config.epochs,
+        "steps": steps,
+    }
+    text = (
+        f"would write {output}: {result['num_samples']} samples, {result['num_items_read']} items read and "
+        f"{result['num_targets']} targets an epoch; {config.epochs} epochs, {steps} steps of {config.batch_size}"
+    )
     return result, text

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from slmrec.cli.loading import choose, resolve_output
-from slmrec.cli.options import common_options, data_option, model_option, output_option, print_result
+from slmrec.cli.options import common_options, data_option, dry_run_option, model_option, output_option, print_result
 from slmrec.config import RecipeConfig, SasrecConfig, TeacherConfig, TrainConfig, WindowConfig
 
 
@@ -24,10 +24,12 @@ from slmrec.config import RecipeConfig, SasrecConfig, TeacherConfig, TrainConfig
 @click.option("--weight-decay", default=0.01, show_default=True)
 @data_option
 @output_option("items")
+@dry_run_option
 @common_options
 def train_items(
-    data: Path | None, output: Path | None, device: str, seed: int, as_json: bool, force: bool, **flags: Any
-) -> None:
+    data: Path | None, output: Path | None, device: str, seed: int, as_json: bool, force: bool, dry_run: bool,
+    **flags: Any,
+) -> None:  # fmt: skip
     """Train SASRec with full cross-entropy: the teacher's item table, and the bar it has to pass."""
     config = SasrecConfig(
         hidden_size=flags["hidden_size"],
@@ -46,11 +48,16 @@ def train_items(
         ),
     )
     dataset = choose(data, "data", "slmcompress data FILE", "dataset")
-    from slmrec.cli.stages import trained
+    from slmrec.cli.stages import planned, trained
     from slmrec.dataset import load_dataset
+    from slmrec.train_items import item_samples
     from slmrec.train_items import train_items as run
 
-    result = run(load_dataset(dataset.path), resolve_output(output, "items"), config, device=device, force=force)
+    output, log = resolve_output(output, "items"), load_dataset(dataset.path)
+    if dry_run:
+        print_result(*planned(output, item_samples(config, log), config.train), as_json=as_json)
+        return
+    result = run(log, output, config, device=device, force=force)
     print_result(*trained(*result), as_json=as_json)
 
 
@@ -88,10 +95,11 @@ def train_items(
 @model_option
 @data_option
 @output_option("teacher")
+@dry_run_option
 @common_options
 def train_teacher(
     model: Path | None, data: Path | None, output: Path | None, device: str, seed: int, as_json: bool, force: bool,
-    **flags: Any,
+    dry_run: bool, **flags: Any,
 ) -> None:  # fmt: skip
     """Train an E4SRec-style teacher: the first layers of a language model read items and predict the next one.
 
@@ -110,10 +118,17 @@ def train_teacher(
     )
     items = choose(model, "items", "slmcompress train-items", "checkpoint")
     dataset = choose(data, "data", "slmcompress data FILE", "dataset")
-    from slmrec.cli.stages import trained
+    from slmrec.cli.stages import planned, trained
     from slmrec.dataset import load_dataset
+    from slmrec.train_teacher import load_backbone, teacher_samples
     from slmrec.train_teacher import train_teacher as run
 
-    output = resolve_output(output, "teacher")
-    result = run(items, load_dataset(dataset.path), output, config, device=device, force=force)
+    output, log = resolve_output(output, "teacher"), load_dataset(dataset.path)
+    if dry_run:
+        load_backbone(config.backbone, config.num_layers)
+        print_result(
+            *planned(output, teacher_samples(config.recipe, config.window, log), config.train), as_json=as_json
+        )
+        return
+    result = run(items, log, output, config, device=device, force=force)
     print_result(*trained(*result), as_json=as_json)

@@ -1,0 +1,128 @@
+"""From events to a dataset: order, duplicates, k-core, numbering, and the counts that are shown."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slmrec.config import DataConfig
+from slmrec.dataset import load_dataset
+from slmrec.errors import ArtifactError, DataError
+from slmrec.interactions import Interactions, drop_duplicates, k_core, prepare_dataset, sort_events
+
+
+def log_of(rows: list[tuple[int, int, float]]) -> Interactions:
+    users, items, times = zip(*rows, strict=True) if rows else ((), (), ())
+    return Interactions(
+        np.array(users, np.int32), np.array(items, np.int32), np.array(times, np.float64),
+        [str(n) for n in range(9)], [str(n) for n in range(9)],
+    )  # fmt: skip
+
+
+def rows_of(log: Interactions) -> list[tuple[int, int, float]]:
+    return list(zip(log.users.tolist(), log.items.tolist(), log.timestamps.tolist(), strict=True))
+
+
+ROWS = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 5), st.integers(0, 6).map(float)), max_size=40)
+
+
+@given(ROWS)
+@settings(deadline=None)
+def test_sorting_is_by_user_and_time_with_ties_in_input_order(rows):
+    assert rows_of(sort_events(log_of(rows))) == sorted(rows, key=lambda row: (row[0], row[2]))
+
+
+@given(ROWS)
+@settings(deadline=None)
+def test_duplicates_lose_all_but_their_first_row(rows):
+    assert rows_of(drop_duplicates(sort_events(log_of(rows)))) == list(
+        dict.fromkeys(rows_of(sort_events(log_of(rows))))
+    )
+
+
+@given(ROWS, st.integers(0, 4))
+@settings(deadline=None)
+def test_a_k_core_is_the_largest_set_in_which_all_have_k_events(rows, k):
+    expected = rows
+    while True:
+        users, items = [row[0] for row in expected], [row[1] for row in expected]
+        kept = [row for row in expected if users.count(row[0]) >= k and items.count(row[1]) >= k]
+        if kept == expected:
+            break
+        expected = kept
+    assert rows_of(k_core(log_of(rows), k)) == expected
+
+
+def write(folder: Path, text: str, name: str = "log.csv") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def test_a_log_becomes_sequences_in_the_order_of_time(tmp_path):
+    text = "user,item,time\nz,c,3\nz,a,1\ny,a,5\nz,b,2\nz,b,2\ny,c,5\ny,d,5\nx,d,9\n"
+    artifact, up_to_date = prepare_dataset([write(tmp_path, text)], tmp_path / "data", DataConfig())
+    data = load_dataset(artifact.path)
+    assert not up_to_date
+    assert data.items.item_ids == ["c", "a", "b", "d"], "numbered from 1 in the order they were first met"
+    assert [row.tolist() for row in data.sequences] == [[2, 3, 1], [2, 1, 4], [4]]
+    counts = {name: data.info[name] for name in ("num_rows_read", "num_duplicates", "num_users", "num_items",
+              "num_interactions", "num_evaluable_users", "num_train_only_users", "num_tied_targets")}  # fmt: skip
+    assert list(counts.values()) == [8, 1, 3, 4, 7, 2, 1, 1]
+
+
+def test_titles_are_kept_where_they_are_known(tmp_path):
+    log = write(tmp_path, "user,item,time\na,1,1\na,2,2\na,3,3\n")
+    titles = write(tmp_path, 'item_id,title,genres\n2,"Twelve, Monkeys",Sci-Fi\n9,Unseen,Drama\n', "films.csv")
+    prepare_dataset([log], tmp_path / "data", DataConfig(items_file=str(titles)))
+    items = load_dataset(tmp_path / "data").items
+    assert items.titles == [None, "Twelve, Monkeys", None]
+    assert items.categories == [None, "Sci-Fi", None]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "titles"),
+    [
+        ("u.item", "1|Toy Story (1995)|d||u|0|0|0|1|1\n", ("Toy Story (1995)", "Animation Children's")),
+        ("movies.dat", "1::Toy Story (1995)::Animation|Comedy\n", ("Toy Story (1995)", "Animation Comedy")),
+        ("log.item", "item_id:token\tmovie_title:token_seq\tclass:token_seq\n1\tToy Story\tComedy\n",
+         ("Toy Story", "Comedy")),
+        ("titles.tsv", "1\tToy Story\tComedy\n", ("Toy Story", "Comedy")),
+    ],
+)  # fmt: skip
+def test_a_table_of_titles_beside_the_log_is_found(tmp_path, name, text, titles):
+    write(tmp_path, text, name)
+    log = write(tmp_path, "user_id:token\titem_id:token\ttimestamp:float\na\t1\t1\na\t2\t2\na\t3\t3\n", "log.inter")
+    prepare_dataset([log], tmp_path / "data", DataConfig())
+    items = load_dataset(tmp_path / "data").items
+    assert (items.titles[0], items.categories[0]) == titles
+
+
+def test_no_user_to_evaluate_is_refused_and_nothing_is_written(tmp_path):
+    log = write(tmp_path, "user,item,time\na,1,1\na,2,2\nb,1,1\n")
+    with pytest.raises(DataError, match="none of 2 users has 3 interactions"):
+        prepare_dataset([log], tmp_path / "data", DataConfig())
+    with pytest.raises(DataError, match="holds no interaction"):
+        prepare_dataset([write(tmp_path, "user,item,time\n")], tmp_path / "data", DataConfig())
+    with pytest.raises(DataError, match="so no user can be evaluated"):
+        prepare_dataset([write(tmp_path, "user,item,time\na,1,1\n")], tmp_path / "data", DataConfig(min_events=3))
+    assert [path.name for path in tmp_path.iterdir()] == ["log.csv"]
+
+
+def test_a_changed_log_is_no_longer_up_to_date(tmp_path):
+    log = write(tmp_path, "user,item,time\na,1,1\na,2,2\na,3,3\n")
+    prepare_dataset([log], tmp_path / "data", DataConfig())
+    assert prepare_dataset([log], tmp_path / "data", DataConfig())[1]
+    write(tmp_path, "user,item,time\na,1,1\na,2,2\na,3,4\n")
+    with pytest.raises(ArtifactError, match="--force"):
+        prepare_dataset([log], tmp_path / "data", DataConfig())
+    assert not prepare_dataset([log], tmp_path / "data", DataConfig(), force=True)[1]
+
+
+def test_several_logs_are_one(tmp_path):
+    first = write(tmp_path, "user,item,time\na,1,1\na,2,2\n", "one.csv")
+    second = write(tmp_path, "a\t3\t5\t978300760\n", "u.data")
+    prepare_dataset([first, second], tmp_path / "data", DataConfig())
+    assert [row.tolist() for row in load_dataset(tmp_path / "data").sequences] == [[1, 2, 3]]
