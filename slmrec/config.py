@@ -11,6 +11,14 @@ def _require(condition: bool, problem: str, remedy: str) -> None:
         raise ConfigError(problem, remedy=remedy)
 
 
+def _require_least(settings: object, **least: int) -> None:
+    """Refuse a setting below its least value; None is no value."""
+    for name, bound in least.items():
+        value = getattr(settings, name)
+        flag = "--" + name.replace("_", "-")
+        _require(value is None or value >= bound, f"{name}={value} is below {bound}", f"{flag} {bound} or more")
+
+
 def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     _require(value in choices, f"{name}={value!r} is not known", f"one of {', '.join(choices)}")
 
@@ -38,8 +46,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         formats = ("auto", "csv", "parquet", "jsonl", "movielens", "amazon", "recbole", "sequences")
         _require_choice("format", self.format, formats)
-        _require(self.min_events >= 0, f"min_events={self.min_events} is negative", "--min-events 5")
-        _require(self.max_bad_rows >= 0, f"max_bad_rows={self.max_bad_rows} is negative", "--max-bad-rows 0")
+        _require_least(self, min_events=0, max_bad_rows=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +72,10 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require(self.epochs >= 1, f"epochs={self.epochs}", "--epochs 1 or more")
-        _require(self.batch_size >= 1, f"batch_size={self.batch_size}", "--batch-size 1 or more")
+        _require_least(self, epochs=1, batch_size=1, save_every_steps=1, warmup_steps=0, patience=0)
         rates = [self.learning_rate] + ([] if self.item_learning_rate is None else [self.item_learning_rate])
         _require(min(rates) > 0, f"a learning rate of {min(rates)} trains nothing", "a rate such as 3e-4")
-        _require(self.clip_norm > 0, f"clip_norm={self.clip_norm}", "--clip-norm 1.0")
-        _require(self.save_every_steps >= 1, f"save_every_steps={self.save_every_steps}", "--save-every-steps 50")
+        _require(self.clip_norm > 0, f"clip_norm={self.clip_norm} is not above 0", "--clip-norm 1.0")
         _require_choice("precision", self.precision, ("auto", "bf16", "fp32"))
 
 
@@ -84,8 +89,8 @@ class WindowConfig:
     """Newest training events used of each user, in windows of `max_history`; None = all."""
 
     def __post_init__(self) -> None:
-        _require(1 <= self.max_history <= 4096, f"max_history={self.max_history}", "--max-history 50")
-        _require(self.max_events is None or self.max_events >= 2, f"max_events={self.max_events}", "--max-events 100")
+        _require_least(self, max_history=1, max_events=2)
+        _require(self.max_history <= 4096, f"max_history={self.max_history} is above 4096", "--max-history 50")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,13 +105,13 @@ class SasrecConfig:
     train: TrainConfig
 
     def __post_init__(self) -> None:
-        _require(self.num_layers >= 1, f"num_layers={self.num_layers}", "--num-layers 2")
+        _require_least(self, num_layers=1)
         _require(
             self.num_heads >= 1 and self.hidden_size % self.num_heads == 0,
             f"hidden_size={self.hidden_size} cannot be cut into num_heads={self.num_heads} heads",
             "--num-heads 1",
         )
-        _require(0 <= self.dropout < 1, f"dropout={self.dropout}", "a --dropout in [0, 1)")
+        _require(0 <= self.dropout < 1, f"dropout={self.dropout} is no share below 1", "a --dropout in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +140,7 @@ class RecipeConfig:
         _require_choice("supervision", self.supervision, ("all", "prefixes", "last"))
         _require_choice("titles", self.titles, ("auto", "none"))
         _require_choice("item_table", self.item_table, ("trainable", "frozen"))
-        _require(0 <= self.dropout < 1, f"dropout={self.dropout}", "a --dropout in [0, 1)")
+        _require(0 <= self.dropout < 1, f"dropout={self.dropout} is no share below 1", "a --dropout in [0, 1)")
         if self.supervision == "all":
             _require(
                 self.prompt != "slmrec",
@@ -165,7 +170,7 @@ class TeacherConfig:
     train: TrainConfig
 
     def __post_init__(self) -> None:
-        _require(self.num_layers >= 1, f"num_layers={self.num_layers}", "--num-layers 8")
+        _require_least(self, num_layers=1)
         _require_choice("tuning", self.tuning, ("full", "lora"))
 
 
@@ -190,7 +195,7 @@ class DistillConfig:
     train: TrainConfig
 
     def __post_init__(self) -> None:
-        _require(self.num_layers >= 1, f"num_layers={self.num_layers}", "--num-layers 4")
+        _require_least(self, num_layers=1)
         _require(
             1 <= self.num_blocks <= self.num_layers,
             f"num_layers={self.num_layers} cannot be cut into num_blocks={self.num_blocks} blocks",
@@ -225,7 +230,7 @@ class QuantizeConfig:
             f"bits={self.bits} is not supported: no measured runtime gains from fewer bits at these sizes",
             "--bits 8",
         )
-        _require(0 < self.accuracy_gate <= 1, f"accuracy_gate={self.accuracy_gate}", "--accuracy-gate 0.99")
+        _require(0 < self.accuracy_gate <= 1, f"accuracy_gate={self.accuracy_gate} is no share", "--accuracy-gate 0.99")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,9 +265,10 @@ class BenchmarkConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require(self.rounds >= 2, f"rounds={self.rounds}", "--rounds 200")
-        _require(self.batch_rounds >= 2, f"batch_rounds={self.batch_rounds}", "--batch-rounds 10")
-        _require(all(size >= 1 for size in self.batch_sizes), f"batch_sizes={self.batch_sizes}", "--batch-size 32")
+        _require_least(self, rounds=2, batch_rounds=2)
+        _require(
+            min(self.batch_sizes, default=0) >= 1, f"batch_sizes={self.batch_sizes} hold no size", "--batch-sizes 8,32"
+        )
 
 
 def settings_of(config: Any) -> dict[str, Any]:

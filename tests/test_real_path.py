@@ -36,11 +36,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = tmp_path_factory.mktemp("real")
     call(runs, "data", "ml-100k")
     call(runs, "train-items", "--epochs", 2, "--max-events", 51, "--batch-size", 32, "--learning-rate", 2e-3)
-    call(runs, "train-teacher", "--num-layers", 2, "--prompt", "slmrec", "--supervision", "last", *WINDOW, *SHORT)
-    call(runs, "distill", "--num-layers", 1, "--num-blocks", 1, *SHORT)
+    call(runs, "train-teacher", "--num-layers", 4, "--prompt", "slmrec", "--supervision", "last", *WINDOW, *SHORT)
+    call(runs, "distill", "--num-layers", 2, "--num-blocks", 2, *SHORT)
     call(runs, "quantize", "--bits", 8, "--accuracy-gate", 0.8)
     call(runs, "export")
-    call(runs, "benchmark", runs / "teacher", runs / "export", "--rounds", 20, "--batch-rounds", 1, "--no-memory")
+    call(runs, "benchmark", runs / "teacher", runs / "export", "--rounds", 20, "--batch-rounds", 2, "--no-memory")
     call(runs, "bundle")
     return runs
 
@@ -57,7 +57,7 @@ def test_training_starts_from_the_pretrained_layers_and_moves_them(runs):
 
     from slmrec.train_teacher import load_backbone
 
-    pretrained = load_backbone("smollm2-135m", 2).decoder.state_dict()
+    pretrained = load_backbone("smollm2-135m", 4).decoder.state_dict()
     trained = load_file(runs / "teacher" / "model.safetensors")
     name = "layers.0.self_attn.q_proj.weight"
     before, after = pretrained[name].flatten(), trained[f"decoder.{name}"].flatten()
