@@ -1,6 +1,8 @@
 """The teacher's features at every target, computed once: distillation then costs the student alone."""
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,12 +61,10 @@ def build_features(teacher: DecoderModel, samples: Samples, num_blocks: int, fol
     store = FeatureStore(folder / "features.bin", samples, (num_blocks, teacher.hidden_size))
     batches = _batches(samples)
     done = _batches_done(store, folder / "features.json", key)
-    _require_room(store, folder)
     if done == len(batches):
         return store
     if not done:
-        with store.path.open("wb") as stream:
-            stream.truncate(store.size_bytes)
+        _reserve(store)
     rows = np.memmap(store.path, dtype=np.int16, mode="r+", shape=store.shape)
     with progress_bar("features", len(batches), done=done) as bar:
         for number in range(done, len(batches)):
@@ -109,11 +109,18 @@ def _note_done(note: Path, key: str, batches: int) -> None:
     partial.rename(note)
 
 
-def _require_room(store: FeatureStore, folder: Path) -> None:
-    held = store.path.stat().st_size if store.path.exists() else 0
-    free = shutil.disk_usage(folder).free + held
-    if free < store.size_bytes:
-        raise ConfigError(
-            f"the teacher's features need {store.size_bytes / 1e6:.0f} MB, {folder} has {free / 1e6:.0f} MB free",
-            remedy="another --output, fewer --num-blocks, or a smaller --max-events for the teacher",
-        )
+def _reserve(store: FeatureStore) -> None:
+    """Take the whole room on disk at once: a page that finds no room later would kill the process."""
+    with store.path.open("wb") as stream:
+        try:
+            os.posix_fallocate(stream.fileno(), 0, store.size_bytes)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            stream.truncate(0)
+            free = shutil.disk_usage(store.path.parent).free
+            raise ConfigError(
+                f"the teacher's features need {store.size_bytes / 1e6:.0f} MB, {store.path.parent} has "
+                f"{free / 1e6:.0f} MB free",
+                remedy="another --output, fewer --num-blocks, or a smaller --max-events for the teacher",
+            ) from None

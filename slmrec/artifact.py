@@ -278,11 +278,18 @@ def _lineage(stage: Stage) -> list[dict[str, Any]]:
 
 
 def _changed_settings(manifest: Mapping[str, Any], stage: Stage) -> str:
-    old, new = manifest["settings"], json.loads(json.dumps(dict(stage.settings), default=str))
+    old, new = _flat(manifest["settings"]), _flat(json.loads(json.dumps(dict(stage.settings), default=str)))
     changed = [
         f"{name}: {old.get(name)} -> {new.get(name)}" for name in sorted({*old, *new}) if old.get(name) != new.get(name)
     ]
     return "; ".join(changed[:5]) if changed else "its inputs changed"
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
 
 
 def _require_ours(output: Path) -> None:

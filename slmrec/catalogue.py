@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 
 from slmrec.errors import ArtifactError, DataError
+from slmrec.writing import write_parquet
 
 ITEMS_FILE = "items.parquet"
 
@@ -72,7 +73,7 @@ class Catalogue:
 
     def save(self, folder: Path) -> None:
         """Write `items.parquet`: item (internal), item_id (external), title, categories."""
-        self.to_frame().write_parquet(folder / ITEMS_FILE)
+        write_parquet(folder / ITEMS_FILE, self.to_frame())
 
     def to_frame(self) -> pl.DataFrame:
         """One row per item."""

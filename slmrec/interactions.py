@@ -18,6 +18,7 @@ from slmrec.formats.item_files import find_item_file, read_item_file
 from slmrec.formats.readers import detect_format, read_log
 from slmrec.formats.rows import BadRows, Block
 from slmrec.sequences import MIN_EVALUABLE
+from slmrec.writing import write_parquet
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,14 +197,15 @@ def _write(
             f"none of {found['num_users']} users has {MIN_EVALUABLE} interactions, so no user can be evaluated",
             remedy="data with longer sequences, or a smaller --min-events",
         )
-    pl.DataFrame(
+    frame = pl.DataFrame(
         {
             "user": pl.Series(log.users.astype(np.int64)),
             "user_id": pl.Series(log.user_ids, dtype=pl.String).gather(log.users),
             "item": pl.Series(log.items.astype(np.int64) + 1),
             "timestamp": pl.Series(log.timestamps),
         }
-    ).write_parquet(folder / INTERACTIONS_FILE)
+    )
+    write_parquet(folder / INTERACTIONS_FILE, frame)
     known = [titles.get(item_id, (None, None)) for item_id in log.item_ids]
     Catalogue(log.item_ids, [title for title, _ in known], [category for _, category in known]).save(folder)
     num_titles = sum(title is not None for title, _ in known)

@@ -9,9 +9,9 @@ from typing import Any
 from slmrec.report import (
     Example,
     Report,
-    best_throughput,
     bytes_text,
     dataset_line,
+    largest_batch,
     machine_line,
     number,
     protocol_of,
@@ -153,24 +153,24 @@ def _table(benchmark: Mapping[str, Any]) -> str:
     head = "".join(
         f'<th scope="col" aria-sort="none"><button type="button">{column}</button></th>' for column in columns
     )
-    body = "".join(f"<tr>{_row(row)}</tr>" for row in benchmark["rows"])
-    batches = ", ".join(str(size) for size in benchmark["settings"]["batch_sizes"])
+    batch = largest_batch(benchmark)
+    body = "".join(f"<tr>{_row(row, batch)}</tr>" for row in benchmark["rows"])
     return (
         '<section><h2>The figures</h2><div class="scroll" role="region" aria-label="Benchmark table" tabindex="0">'
         f'<table class="figures"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
         f'<p class="note">{escape(protocol_of(benchmark))}. Small figures are 95 % intervals, for speed-ups the 10th '
         f"to 90th percentile of paired rounds. Kept and speed-up are relative to {escape(benchmark['baseline'])}. "
-        f"Latency of one user a request, {benchmark['settings']['rounds']} interleaved rounds; users/s at the best "
-        f"batch size of {batches}. Memory is the peak of a process of its own. A column's name sorts by it."
+        f"Latency of one user a request, {benchmark['settings']['rounds']} interleaved rounds; users/s in "
+        f"batches of {batch}. Memory is the peak of a process of its own. A column's name sorts by it."
         "</p></section>"
     )
 
 
-def _row(row: Mapping[str, Any]) -> str:
+def _row(row: Mapping[str, Any], batch: int) -> str:
     latency, ratios = row["latency"]["batch_1"], row["ratios"]
     kind = row["kind"] if row["kind"] in KINDS else "checkpoint"
     speedup, memory = ratios["speedup_batch_1"], row["peak_memory_bytes"]
-    throughput = best_throughput(row)
+    throughput = row["throughput"].get(f"batch_{batch}")
     cells = [
         f'<th scope="row" data-value="{escape(row["name"])}">{_swatch(kind)}<span>{escape(row["name"])}'
         f"<small>{escape(row['kind'])}</small></span></th>",

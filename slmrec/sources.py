@@ -119,6 +119,8 @@ def backbone_folder(name: str) -> Path:
     """
     if name == "smollm2-135m":
         return _converted(SOURCES[name])
+    if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
+        raise DataError(f"the backbone {name} is no folder", remedy="a Hugging Face model folder, or smollm2-135m")
     folder = Path(name) if Path(name).exists() else _from_hub(name)
     config = folder / "config.json"
     if not config.is_file():

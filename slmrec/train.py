@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slmrec.config import TrainConfig
 from slmrec.errors import TrainingError
 from slmrec.progress import Bar, progress_bar
 from slmrec.sequences import length_batches
+from slmrec.writing import save_tensors
 
 LOG_EVERY_STEPS = 10
 STATE_FILE = "state.safetensors"
@@ -190,7 +190,7 @@ class _Run:
                 tensors[f"optimizer.{name}.{slot}"] = torch.as_tensor(part)
         notes = {"key": self.key, "progress": json.dumps(vars(self.progress)), "pending": json.dumps(self.pending)}
         partial = self.state_path.with_suffix(".partial")
-        save_file({name: value.contiguous() for name, value in tensors.items()}, partial, metadata=notes)
+        save_tensors(partial, tensors, notes)
         partial.rename(self.state_path)
 
     def _resume(self) -> Progress:

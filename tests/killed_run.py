@@ -36,9 +36,9 @@ def before(owner: Any, name: str, count: int, act: Callable[..., None]) -> None:
     setattr(owner, name, wrapped)
 
 
-def half_written(_: Any, path: Path) -> None:
+def half_written(path: Path, *_: Any) -> None:
     """What a write leaves that is cut off in its middle."""
-    Path(path).write_bytes(b"\x00" * 1000)
+    path.write_bytes(b"\x00" * 1000)
     die()
 
 
@@ -46,11 +46,11 @@ def arrange(moment: str, count: int) -> None:
     if moment == "step":
         before(slmrec.train._Run, "_step", count, lambda *_: die())
     elif moment == "state-write":
-        before(slmrec.train, "save_file", count, half_written)
+        before(slmrec.train, "save_tensors", count, half_written)
     elif moment == "evaluation":
         before(slmrec.train._Run, "_validate", count, lambda *_: die())
     elif moment == "weights-write":
-        before(slmrec.models.checkpoint, "save_file", count, half_written)
+        before(slmrec.models.checkpoint, "save_tensors", count, half_written)
     elif moment == "final-rename":
         before(slmrec.artifact, "_sync", count, lambda path: die() if str(path).endswith(".partial") else None)
         original = Path.rename

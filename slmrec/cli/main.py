@@ -68,7 +68,8 @@ def run() -> None:
         remedy = MACHINE_FAULTS.get(error.errno or 0)
         if remedy is None:
             raise
-        click.echo(f"Error: {error.strerror}: {error.filename or 'while writing'}\nTry: {remedy}", err=True)
+        where = error.filename2 or error.filename or "while writing"
+        click.echo(f"Error: {error.strerror}: {where}\nTry: {remedy}", err=True)
         sys.exit(2)
 
 

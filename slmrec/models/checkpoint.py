@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from slmrec.artifact import Artifact, write_json
@@ -16,6 +16,7 @@ from slmrec.models.decoder import DecoderModel, DecoderSpec
 from slmrec.models.layers import Int8Linear
 from slmrec.models.ranking import TorchRecommender
 from slmrec.models.sasrec import Sasrec
+from slmrec.writing import save_tensors
 
 CONFIG_FILE, WEIGHTS_FILE, TRAINING_FILE = "config.json", "model.safetensors", "training.jsonl"
 
@@ -23,7 +24,7 @@ CONFIG_FILE, WEIGHTS_FILE, TRAINING_FILE = "config.json", "model.safetensors", "
 def save_checkpoint(folder: Path, model: Sasrec | DecoderModel, training: list[dict[str, Any]] | None = None) -> None:
     """Write a model, and the curves of its training where there are any; the catalogue is saved apart."""
     write_json(folder / CONFIG_FILE, _to_json(model))
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / WEIGHTS_FILE)
+    save_tensors(folder / WEIGHTS_FILE, model.state_dict())
     if training:
         lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in training)
         (folder / TRAINING_FILE).write_text(lines, encoding="utf-8")
