@@ -41,6 +41,8 @@ def recommend_file(recommender: Recommender, items: Catalogue, source: Path, tar
     for path in (source, target):
         if path.suffix not in FORMATS:
             raise DataError(f"{path.name} ends in none of {', '.join(FORMATS)}", remedy="such as users.jsonl")
+    if source.resolve() == target.resolve():
+        raise DataError(f"the answers would replace the requests in {source}", remedy="another --output file")
     if not source.is_file():
         raise DataError(f"{source} is not a file", remedy='lines such as {"user": "1", "history": ["50", "172"]}')
     partial = target.with_name(f".{target.name}.partial")
@@ -54,6 +56,8 @@ def recommend_file(recommender: Recommender, items: Catalogue, source: Path, tar
         if not done:
             raise DataError(f"{source} is empty", remedy='lines such as {"user": "1", "history": ["50", "172"]}')
         partial.rename(target)
+    except (pa.ArrowInvalid, pl.exceptions.PolarsError, UnicodeDecodeError) as error:
+        raise DataError(f"{source} is not readable as {source.suffix}: {error}", remedy="mend the file") from None
     finally:
         partial.unlink(missing_ok=True)
     return done
@@ -98,7 +102,7 @@ def _read(source: Path) -> Iterator[Request]:
             for number, line in enumerate(lines, 1):
                 try:
                     yield _request(json.loads(line), number, source)
-                except ValueError as error:
+                except json.JSONDecodeError as error:
                     raise _malformed(source, number, f"not JSON ({error})") from None
     elif source.suffix == ".parquet":
         number = 0

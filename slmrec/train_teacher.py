@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from slmrec.artifact import (
@@ -21,7 +22,7 @@ from slmrec.artifact import (
 from slmrec.catalogue import load_catalogue, require_same_catalogue
 from slmrec.config import RecipeConfig, TeacherConfig, WindowConfig, settings_of
 from slmrec.dataset import Dataset
-from slmrec.errors import ArtifactError
+from slmrec.errors import ArtifactError, DataError
 from slmrec.evaluate import validation_ndcg
 from slmrec.models.checkpoint import load_model, save_checkpoint
 from slmrec.models.decoder import DecoderModel, DecoderSpec, decoder_settings
@@ -71,7 +72,21 @@ def load_backbone(name: str, num_layers: int) -> Backbone:
     config.num_hidden_layers = num_layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:num_layers]
-    decoder = AutoModel.from_pretrained(folder, config=config, dtype=torch.float32, attn_implementation="sdpa")
+    try:
+        decoder, found = AutoModel.from_pretrained(
+            folder, config=config, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True,
+            output_loading_info=True,
+        )  # fmt: skip
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise DataError(
+            f"the backbone {folder} does not load: {str(error).splitlines()[0]}",
+            remedy="a Hugging Face folder whose config.json and safetensors belong together",
+        ) from None
+    if found["missing_keys"]:
+        raise DataError(
+            f"the backbone {folder} lacks {len(found['missing_keys'])} tensors, such as {min(found['missing_keys'])}",
+            remedy="a Hugging Face folder whose config.json and safetensors belong together",
+        )
     return Backbone(name, folder, decoder)
 
 

@@ -1,6 +1,7 @@
 """Distillation: what the student starts from, what each term does, and that the store changes nothing."""
 
 import dataclasses
+import errno
 
 import numpy as np
 import pytest
@@ -138,11 +139,13 @@ def test_a_store_of_another_run_is_built_anew_and_its_own_is_not(teacher, sample
 
 
 def test_a_disk_too_small_is_refused_before_anything_is_written(teacher, samples, tmp_path, monkeypatch):
-    usage = type("Usage", (), {"free": 10})
-    monkeypatch.setattr("compress.features.shutil.disk_usage", lambda _: usage)
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("compress.features.os.posix_fallocate", full)
     with pytest.raises(ConfigError, match=r"need .* MB"):
         build_features(teacher, samples, 2, tmp_path, "key")
-    assert list(tmp_path.iterdir()) == []
+    assert [path.stat().st_size for path in tmp_path.iterdir()] == [0]
 
 
 def test_pairs_that_cannot_be_matched_are_refused(teacher, tiny_model):

@@ -62,6 +62,9 @@ def test_training_starts_from_the_pretrained_layers_and_moves_them(runs):
     name = "layers.0.self_attn.q_proj.weight"
     before, after = pretrained[name].flatten(), trained[f"decoder.{name}"].flatten()
     assert 0 < float((after - before).norm() / before.norm()) < 0.1
+    lengths = trained["titles"].norm(dim=1)
+    assert lengths[0] == 0
+    assert lengths[1:].min() > 0.999, "every film has a title vector of length 1"
 
 
 def test_every_stage_recommends_better_than_chance(runs):

@@ -6,6 +6,7 @@ import pytest
 
 from slmrec.errors import ConfigError, DataError
 from slmrec.sources import SOURCES, backbone_folder, cache_folder, fetch, source_files
+from slmrec.synthetic import write_backbone
 
 
 @pytest.fixture
@@ -65,6 +66,32 @@ def test_what_is_no_supported_decoder_is_refused(tmp_path):
     assert "llama, mistral, qwen2, qwen3" in refusal.value.remedy
     (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
     assert backbone_folder(str(tmp_path)) == tmp_path
+
+
+def test_a_decoder_that_is_not_whole_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from slmrec.models.prompt import load_tokenizer
+    from slmrec.train_teacher import load_backbone
+
+    folder = write_backbone(tmp_path / "backbone", num_layers=3)
+    assert len(load_backbone(str(folder), 2).decoder.layers) == 2
+    with pytest.raises(ConfigError, match="4 layers were asked for, but the decoder has 3"):
+        load_backbone(str(folder), 4)
+    with pytest.raises(DataError, match="has no tokenizer that loads") as refusal:
+        load_tokenizer(folder)
+    assert "--titles none" in refusal.value.remedy
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("layers.1.mlp.up_proj.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DataError, match=r"lacks 1 tensors, such as layers\.1\.mlp\.up_proj\.weight"):
+        load_backbone(str(folder), 2)
+    (folder / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(DataError, match="does not load"):
+        load_backbone(str(folder), 2)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(DataError, match="does not load"):
+        load_backbone(str(folder), 2)
 
 
 def test_a_hub_that_cannot_be_reached_is_a_message(tmp_path, monkeypatch):

@@ -2,10 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
+
+from slmrec.errors import DataError
 
 INSTRUCTION = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -47,10 +50,25 @@ def token_ids(backbone: Path, text: str) -> Int64[Tensor, " tokens"]:
     """Tokens of a text by the backbone's own tokenizer, without special tokens."""
     if not text:
         return torch.zeros(0, dtype=torch.int64)
+    tokenizer = load_tokenizer(backbone)
+    return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+
+
+def load_tokenizer(backbone: Path) -> Any:
+    """The tokenizer of a backbone folder.
+
+    Raises:
+        DataError: the folder has none, or one that cannot be read.
+    """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(backbone)
-    return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+    try:
+        return AutoTokenizer.from_pretrained(backbone)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"the backbone {backbone} has no tokenizer that loads: {str(error).splitlines()[0]}",
+            remedy="its tokenizer.json beside config.json, or --prompt none --titles none",
+        ) from None
 
 
 def item_positions(item_ids: Int64[Tensor, "batch history"], layout: Layout) -> Int64[Tensor, "batch history"]:

@@ -1,6 +1,5 @@
 """Title vectors: what the backbone's own token embeddings say of an item."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -8,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from slmrec.catalogue import Catalogue
+from slmrec.models.prompt import load_tokenizer
 
 
 def title_vectors(
@@ -18,13 +18,9 @@ def title_vectors(
     Row 0 (padding) and items without a title are zero. Of length 1, because a map that learns from them at Adam's
     fixed step moves its output by the step times the sum of a vector's entries: at RMS 1 titles drown the ids.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(backbone)
-    texts = _texts(items)
-    tokens = tokenizer([text for text in texts if text], add_special_tokens=False)["input_ids"]
-    known = torch.tensor([row + 1 for row, text in enumerate(texts) if text], dtype=torch.int64)
-    means = torch.stack([embeddings[torch.tensor(ids)].mean(dim=0) for ids in tokens])
+    tokens = load_tokenizer(backbone)(_texts(items), add_special_tokens=False)["input_ids"]
+    known = torch.tensor([row + 1 for row, ids in enumerate(tokens) if ids], dtype=torch.int64)
+    means = torch.stack([embeddings[torch.tensor(ids)].mean(dim=0) for ids in tokens if ids])
     centred = means - means.mean(dim=0)
     scale = centred.norm(dim=1, keepdim=True)
     vectors = embeddings.new_zeros(len(items) + 1, embeddings.shape[1])
@@ -32,6 +28,6 @@ def title_vectors(
     return vectors
 
 
-def _texts(items: Catalogue) -> Sequence[str]:
+def _texts(items: Catalogue) -> list[str]:
     pairs = zip(items.titles, items.categories, strict=True)
     return [" ".join(part for part in pair if part) if pair[0] else "" for pair in pairs]

@@ -1,0 +1,107 @@
+"""Files of requests: every format alike, in their order, and one message for what is wrong with a line."""
+
+import json
+
+import numpy as np
+import polars as pl
+import pytest
+
+from export.requests import recommend_file
+from slmrec.catalogue import Catalogue
+from slmrec.errors import DataError
+from slmrec.recommender import TopK
+
+ITEMS = Catalogue(["a", "b", "=c", "d e"], ["Alien", "Brazil", "Brazil", None], [None] * 4)
+
+
+class Successor:
+    """Recommends the items that follow the newest one, unless they are excluded."""
+
+    num_items, max_top_k = 4, 3840
+
+    def recommend(self, histories, k):
+        item_ids = np.zeros((len(histories), k), dtype=np.int64)
+        for row, (history, excluded) in enumerate(zip(histories.item_ids, histories.exclude_ids, strict=True)):
+            ring = [(int(history[-1]) + step - 1) % 4 + 1 for step in range(1, 4)]
+            kept = [item for item in ring if item not in excluded][:k]
+            item_ids[row, : len(kept)] = kept
+        return TopK(item_ids, np.where(item_ids > 0, 1.0 / (1 + np.arange(k)), -np.inf).astype(np.float32))
+
+
+REQUESTS = [
+    {"user": "u1", "history": ["a"], "exclude": []},
+    {"user": "=u2", "history": ["b", "=c"], "exclude": ["a"]},
+]
+
+
+def write(path, requests):
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(request) + "\n" for request in requests))
+    else:
+        frame = pl.DataFrame(
+            requests, schema={"user": pl.String, "history": pl.List(pl.String), "exclude": pl.List(pl.String)}
+        )
+        if path.suffix == ".parquet":
+            frame.write_parquet(path)
+        else:
+            frame.with_columns(pl.col("history", "exclude").list.join(" ")).write_csv(path)
+    return path
+
+
+@pytest.mark.parametrize("source", ["in.jsonl", "in.csv", "in.parquet"])
+def test_every_input_format_gives_the_same_answers(tmp_path, source):
+    done = recommend_file(Successor(), ITEMS, write(tmp_path / source, REQUESTS), tmp_path / "out.jsonl", 3)
+    answers = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert done == 2
+    assert [answer["user"] for answer in answers] == ["u1", "=u2"]
+    assert [answer["items"] for answer in answers] == [["b", "=c", "d e"], ["d e"]]
+    assert answers[0]["scores"] == pytest.approx([1, 1 / 2, 1 / 3])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [source, "out.jsonl"]
+
+
+def test_output_formats_hold_the_same_and_csv_no_formula(tmp_path):
+    source = write(tmp_path / "in.jsonl", REQUESTS)
+    recommend_file(Successor(), ITEMS, source, tmp_path / "out.parquet", 2)
+    assert pl.read_parquet(tmp_path / "out.parquet")["items"].to_list() == [["b", "=c"], ["d e"]]
+    recommend_file(Successor(), ITEMS, source, tmp_path / "out.csv", 2)
+    frame = pl.read_csv(tmp_path / "out.csv")
+    assert frame["user"].to_list() == ["u1", "'=u2"]
+    assert frame["items"].to_list() == ["b =c", "d e"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("in.jsonl", b'{"history": ["a"]}\n{"history": ["zzz"]}\n', r"in\.jsonl:2: the item 'zzz' is not among the 4"),
+        ("in.jsonl", b'{"history": ["Brazil"]}\n', "the title 'Brazil' names 2 items: b, =c"),
+        ("in.jsonl", b'{"history": []}\n', "in.jsonl:1: the history is empty"),
+        ("in.jsonl", b'{"user": "x"}\n', "in.jsonl:1: no field 'history'"),
+        ("in.jsonl", b'{"history": 5}\n', "in.jsonl:1: 5 is no list of item ids"),
+        ("in.jsonl", b"[1, 2]\n", "in.jsonl:1: no field 'history'"),
+        ("in.jsonl", b"{history}\n", "in.jsonl:1: not JSON"),
+        ("in.jsonl", b'{"history": ["\xff"]}\n', "is not readable as .jsonl"),
+        ("in.jsonl", b"", "in.jsonl is empty"),
+        ("in.csv", b"", "in.csv is not readable as .csv"),
+        ("in.parquet", b"PAR1", "in.parquet is not readable as .parquet"),
+        ("in.txt", b"a b c\n", "in.txt ends in none of .jsonl, .csv, .parquet"),
+    ],
+)
+def test_a_bad_request_is_named_and_no_answer_is_written(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        recommend_file(Successor(), ITEMS, tmp_path / name, tmp_path / "out.jsonl", 2)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_answers_never_replace_their_requests(tmp_path):
+    source = write(tmp_path / "in.jsonl", REQUESTS)
+    before = source.read_bytes()
+    with pytest.raises(DataError, match="would replace the requests"):
+        recommend_file(Successor(), ITEMS, source, tmp_path / "." / "in.jsonl", 2)
+    assert source.read_bytes() == before
+
+
+def test_a_title_is_matched_whole_whatever_its_case():
+    assert ITEMS.to_internal(["alien", "ALIEN", "d e"]).tolist() == [1, 1, 4]
+    with pytest.raises(DataError, match="'Alie' is not among"):
+        ITEMS.to_internal(["Alie"])
