@@ -1,12 +1,12 @@
 """Files of requests in, files of recommendations out, a chunk at a time (JSON lines, CSV, Parquet)."""
 
+import csv
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -56,7 +56,7 @@ def recommend_file(recommender: Recommender, items: Catalogue, source: Path, tar
         if not done:
             raise DataError(f"{source} is empty", remedy='lines such as {"user": "1", "history": ["50", "172"]}')
         partial.rename(target)
-    except (pa.ArrowInvalid, pl.exceptions.PolarsError, UnicodeDecodeError) as error:
+    except (pa.ArrowInvalid, csv.Error, UnicodeDecodeError) as error:
         raise DataError(f"{source} is not readable as {source.suffix}: {error}", remedy="mend the file") from None
     finally:
         partial.unlink(missing_ok=True)
@@ -111,9 +111,9 @@ def _read(source: Path) -> Iterator[Request]:
                 number += 1
                 yield _request(record, number, source)
     else:
-        frame = pl.read_csv(source, infer_schema=False)
-        for number, record in enumerate(frame.iter_rows(named=True), 2):
-            yield _request(record, number, source)
+        with source.open(encoding="utf-8", newline="") as lines:
+            for number, record in enumerate(csv.DictReader(lines), 2):
+                yield _request(record, number, source)
 
 
 def _request(record: Any, line: int, source: Path) -> Request:
@@ -124,11 +124,16 @@ def _request(record: Any, line: int, source: Path) -> Request:
 
 
 def _ids(value: Any, line: int, source: Path) -> list[str]:
-    """A list of ids; in CSV ids with spaces between them."""
+    """A list of ids; in CSV ids with spaces between them, or a JSON list."""
     if value is None:
         return []
     if isinstance(value, str):
-        return value.split()
+        if not value.startswith("["):
+            return value.split()
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise _malformed(source, line, f"not a JSON list ({error})") from None
     if isinstance(value, list):
         return [str(item) for item in value]
     raise _malformed(source, line, f"{value!r} is no list of item ids")
@@ -145,11 +150,11 @@ class _Writer:
     """Writes chunks of answers to one open file."""
 
     def __init__(self, path: Path, suffix: str) -> None:
-        self.suffix = suffix
         self.parquet = pq.ParquetWriter(path, SCHEMA) if suffix == ".parquet" else None
         self.text = None if self.parquet else path.open("w", encoding="utf-8", newline="")
-        if suffix == ".csv" and self.text is not None:
-            self.text.write("user,items,scores\n")
+        self.csv = csv.writer(self.text, lineterminator="\n") if self.text is not None and suffix == ".csv" else None
+        if self.csv is not None:
+            self.csv.writerow(["user", "items", "scores"])
 
     def __enter__(self) -> "_Writer":
         return self
@@ -171,11 +176,12 @@ class _Writer:
             return
         assert self.text is not None
         for user, (ids, scores) in zip(users, lists, strict=True):
-            if self.suffix == ".jsonl":
+            if self.csv is None:
                 self.text.write(json.dumps({"user": user, "items": ids, "scores": scores}) + "\n")
             else:
-                cells = [_cell(user), _cell(" ".join(ids)), " ".join(f"{score:.6g}" for score in scores)]
-                self.text.write(pl.DataFrame([cells], orient="row").write_csv(include_header=False))
+                spaced = any(len(item.split()) != 1 for item in ids)
+                cell = json.dumps(ids) if spaced else " ".join(ids)
+                self.csv.writerow([_cell(user), _cell(cell), " ".join(f"{score:.6g}" for score in scores)])
 
 
 def _cell(text: str) -> str:

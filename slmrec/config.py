@@ -257,7 +257,7 @@ class BenchmarkConfig:
     rounds: int = 200
     """Interleaved single-user requests per artefact; percentile p needs at least 1 / (1 - p) of them."""
     batch_sizes: tuple[int, ...] = (8, 32)
-    """Batch sizes of the throughput measurement."""
+    """Batch sizes of the throughput measurement; none measures none."""
     batch_rounds: int = 10
     top_k: int = 10
     accuracy: bool = True
@@ -267,7 +267,9 @@ class BenchmarkConfig:
     def __post_init__(self) -> None:
         _require_least(self, rounds=2, batch_rounds=2)
         _require(
-            min(self.batch_sizes, default=0) >= 1, f"batch_sizes={self.batch_sizes} hold no size", "--batch-sizes 8,32"
+            min(self.batch_sizes, default=1) >= 1,
+            f"batch_sizes={self.batch_sizes} hold one below 1",
+            "--batch-sizes 8,32",
         )
 
 

@@ -66,12 +66,13 @@ def run_bench(runs: Path, *more: str | Path) -> Result:
     return invoke(benchmark, runs / "teacher", runs / "student", *quick, *more)
 
 
-def test_benchmark_writes_a_report_and_measures_anew_each_time(runs: Path) -> None:
+def test_benchmark_writes_a_report_and_measures_anew_each_time(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["/bin/slmcompress", "benchmark", "runs/a b"])
     assert run_bench(runs).exit_code == 0
     first = json.loads((runs / "report" / "benchmark.json").read_text())
     assert [row["name"] for row in first["rows"]] == ["teacher", "student"]
     assert first["rows"][0]["throughput"].keys() == {"batch_2", "batch_4"}
-    assert first["commands"][0].startswith("slmcompress ")
+    assert first["commands"] == ["slmcompress benchmark 'runs/a b'"]
     written = open_artifact(runs / "report", "report")
     again = run_bench(runs, "--baseline", "student", "--json")
     assert json.loads(again.stdout)["baseline"] == "student"

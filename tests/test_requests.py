@@ -15,7 +15,7 @@ ITEMS = Catalogue(["a", "b", "=c", "d e"], ["Alien", "Brazil", "Brazil", None], 
 
 
 class Successor:
-    """Recommends the items that follow the newest one, unless they are excluded."""
+    """Recommends the items that follow the newest one, unless they were seen or are excluded."""
 
     num_items, max_top_k = 4, 3840
 
@@ -23,7 +23,7 @@ class Successor:
         item_ids = np.zeros((len(histories), k), dtype=np.int64)
         for row, (history, excluded) in enumerate(zip(histories.item_ids, histories.exclude_ids, strict=True)):
             ring = [(int(history[-1]) + step - 1) % 4 + 1 for step in range(1, 4)]
-            kept = [item for item in ring if item not in excluded][:k]
+            kept = [item for item in ring if item not in excluded and item not in history][:k]
             item_ids[row, : len(kept)] = kept
         return TopK(item_ids, np.where(item_ids > 0, 1.0 / (1 + np.arange(k)), -np.inf).astype(np.float32))
 
@@ -66,7 +66,14 @@ def test_output_formats_hold_the_same_and_csv_no_formula(tmp_path):
     recommend_file(Successor(), ITEMS, source, tmp_path / "out.csv", 2)
     frame = pl.read_csv(tmp_path / "out.csv")
     assert frame["user"].to_list() == ["u1", "'=u2"]
-    assert frame["items"].to_list() == ["b =c", "d e"]
+    assert frame["items"].to_list() == ["b =c", '["d e"]'], "an id with a space in it stands in a JSON list"
+
+
+def test_csv_takes_ids_with_spaces_as_a_json_list(tmp_path):
+    (tmp_path / "in.csv").write_text('user,history\nu1,"[""d e"", ""a""]"\nu2,b =c\n')
+    assert recommend_file(Successor(), ITEMS, tmp_path / "in.csv", tmp_path / "out.jsonl", 1) == 2
+    answers = [json.loads(line)["items"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert answers == [["b"], ["d e"]]
 
 
 @pytest.mark.parametrize(
@@ -81,7 +88,8 @@ def test_output_formats_hold_the_same_and_csv_no_formula(tmp_path):
         ("in.jsonl", b"{history}\n", "in.jsonl:1: not JSON"),
         ("in.jsonl", b'{"history": ["\xff"]}\n', "is not readable as .jsonl"),
         ("in.jsonl", b"", "in.jsonl is empty"),
-        ("in.csv", b"", "in.csv is not readable as .csv"),
+        ("in.csv", b"", "in.csv is empty"),
+        ("in.csv", b'user,history\n1,"[""a"\n', "in.csv:2: not a JSON list"),
         ("in.parquet", b"PAR1", "in.parquet is not readable as .parquet"),
         ("in.txt", b"a b c\n", "in.txt ends in none of .jsonl, .csv, .parquet"),
     ],

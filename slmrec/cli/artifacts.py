@@ -100,7 +100,7 @@ def recommend(
     """Recommend items after a HISTORY of external ids or exact titles, oldest first, or for a whole file.
 
     A line of --input is {"user": .., "history": [ids, oldest first], "exclude": [..]}; of --output {"user": ..,
-    "items": [ids, best first], "scores": [..]}. In CSV, ids of a list stand with spaces between them.
+    "items": [ids, best first], "scores": [..]}. In CSV a list is ids with spaces between them, or JSON.
     """
     if bool(history) == (source is not None) or (source is None) != (target is None):
         raise ConfigError(
