@@ -2,71 +2,30 @@
 
 import copy
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from compress.blocks import block_ends, kept_layers, state_index
-from compress.features import build_features
-from compress.losses import direction_loss, magnitude_loss
+from compress.features import Reader, StoreSpec, build_store, live_reader
+from compress.objective import DistillObjective, OnlineObjective
+from compress.student import build_student, require_distillable
 from slmrec.artifact import Artifact, Stage, is_up_to_date, open_artifact, publish, work_folder
 from slmrec.catalogue import load_catalogue, require_same_catalogue
 from slmrec.config import DistillConfig, WindowConfig, settings_of
 from slmrec.dataset import Dataset
-from slmrec.errors import ConfigError
 from slmrec.evaluate import validation_ndcg
-from slmrec.models.checkpoint import load_decoder, quantized_layers, save_checkpoint
-from slmrec.models.decoder import DecoderModel, decoder_settings
+from slmrec.models.checkpoint import load_decoder, save_checkpoint
+from slmrec.models.decoder import DecoderModel
 from slmrec.models.ranking import TorchRecommender, resolve_device
-from slmrec.samples import Samples, cross_entropy
+from slmrec.samples import Samples
 from slmrec.sequences import validation_cases
-from slmrec.train import Batch, Progress, Task, train
-from slmrec.train_teacher import ITEM_PARAMETERS, load_backbone, teacher_samples
+from slmrec.train import Batch, Task, train
+from slmrec.train_teacher import ITEM_PARAMETERS, teacher_samples
 
-
-class DistillObjective(nn.Module):
-    """Cross-entropy, feature direction, feature magnitude and multiple supervision, every term by name."""
-
-    def __init__(self, student: DecoderModel, config: DistillConfig) -> None:
-        super().__init__()
-        self.student, self.config = student, config
-        self.ends = block_ends(student.num_layers, config.num_blocks)
-        adapted = config.num_blocks - 1 if config.supervision_weight else 0
-        self.adapters = nn.ModuleList(
-            nn.Linear(student.hidden_size, student.spec.item_dim, bias=False) for _ in range(adapted)
-        )
-
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Weighted terms: ce, and per block direction_block_i, magnitude_block_i, supervision_block_i.
-
-        Feature terms are averaged over blocks and supervision over the blocks before the last (SLMRec eq. 6).
-        """
-        assert batch.features is not None
-        config, wanted = self.config, batch.targets != 0
-        states = self.student(batch.item_ids)
-        targets = batch.targets[wanted]
-        terms = {"ce": cross_entropy(self.student.logits(states[-1][wanted]), targets)}
-        for block, end in enumerate(self.ends):
-            feature, teacher = states[state_index(end)][wanted], batch.features[:, block]
-            name, share = f"block_{block + 1}", 1 / config.num_blocks
-            if config.direction_weight:
-                terms[f"direction_{name}"] = config.direction_weight * share * direction_loss(feature, teacher)
-            if config.magnitude_weight:
-                distance = magnitude_loss(feature, teacher, scale=config.magnitude_scale)
-                terms[f"magnitude_{name}"] = config.magnitude_weight * share * distance
-        for block, adapter in enumerate(self.adapters):
-            feature = states[state_index(self.ends[block])][wanted]
-            loss = cross_entropy(_adapted_logits(adapter, feature, self.student), targets)
-            terms[f"supervision_block_{block + 1}"] = config.supervision_weight / len(self.adapters) * loss
-        return terms
-
-
-def _adapted_logits(adapter: nn.Module, feature: Tensor, student: DecoderModel) -> Tensor:
-    """Scores of the catalogue from a feature inside the student, in fp32 as the head's."""
-    with torch.autocast(feature.device.type, enabled=False):
-        return adapter(feature.float()) @ student.item_outputs().T  # type: ignore[no-any-return]
+DISTILLED_PARAMETERS = (*ITEM_PARAMETERS, "projections")
+"""Parameters that learn at the item learning rate."""
 
 
 def distill(
@@ -85,57 +44,44 @@ def distill(
         model_name=str(teacher_artifact.path),
         data_name=str(data.artifact.path),
     )
-    parents = {"teacher": teacher_artifact, "data": data.artifact}
-    stage = Stage(name="distill", kind="checkpoint", settings=settings_of(config), parents=parents)
+    stage = _stage(teacher_artifact, data, config)
     if is_up_to_date(output, stage, force=force):
         return open_artifact(output), True
     teacher = load_decoder(teacher_artifact)
     require_distillable(teacher, config)
     student = build_student(teacher, config)
+    work, target = work_folder(output), resolve_device(device)
     samples = student_samples(teacher_artifact, teacher, data)
-    work = work_folder(output)
-    progress = _fit(teacher, DistillObjective(student, config), samples, data, (work, stage.key, device))
+    key = store_spec(teacher, config).key(teacher_artifact.hash, samples)
+    shelf = output.parent / f".features-{key[:16]}"
+    reader = _reader(teacher, samples, config, (shelf, key, target))
+    cases = validation_cases(data.sequences)
+    task = Task(
+        title="distill",
+        objective=_objective(teacher, student, config),
+        lengths=samples.lengths,
+        batch=lambda rows: _batch(samples, reader, rows),
+        validate=lambda: validation_ndcg(TorchRecommender(student, target.type), cases),
+        item_parameters=DISTILLED_PARAMETERS,
+    )
+    progress = train(task, config.train, work, stage.key, target)
     with publish(output, stage) as folder:
         save_checkpoint(folder, student.cpu(), progress.log)
         data.items.save(folder)
     shutil.rmtree(work)
+    if not config.features.keep:
+        shutil.rmtree(shelf, ignore_errors=True)
     return open_artifact(output), False
 
 
-def require_distillable(teacher: DecoderModel, config: DistillConfig) -> None:
-    """Refuse a pair of teacher and student that cannot be matched block by block."""
-    if quantized_layers(teacher):
-        raise ConfigError(
-            "the teacher is an 8-bit checkpoint", remedy="distil from its fp32 parent, quantize afterwards"
-        )
-    if config.num_layers > teacher.num_layers:
-        raise ConfigError(
-            f"the student would have {config.num_layers} layers, the teacher has {teacher.num_layers}",
-            remedy=f"--num-layers {teacher.num_layers} or fewer",
-        )
-    if teacher.spec.recipe.head != "tied" and config.supervision_weight:
-        raise ConfigError(
-            "multiple supervision compares with the item table, which a linear head does not have",
-            remedy="--supervision-weight 0, or a teacher with --head tied",
-        )
-
-
-def build_student(teacher: DecoderModel, config: DistillConfig) -> DecoderModel:
-    """A student before training: the teacher's items and head, and layers of the teacher or of the backbone."""
-    torch.manual_seed(config.train.seed)
-    settings = decoder_settings(teacher.decoder.config, config.num_layers)
-    student = DecoderModel(replace(teacher.spec, decoder=settings))
-    ours = {n: v for n, v in teacher.state_dict().items() if not n.startswith("decoder.")}
-    student.load_state_dict(ours, strict=False)
-    if config.init == "backbone":
-        decoder = load_backbone(teacher.spec.backbone, config.num_layers).decoder
-        sources = list(range(config.num_layers))
-    else:
-        decoder, sources = teacher.decoder, kept_layers(teacher.num_layers, config.num_layers)
-    for layer, source in zip(student.decoder.layers, sources, strict=True):
-        layer.load_state_dict(decoder.layers[source].state_dict())
-    student.decoder.norm.load_state_dict(decoder.norm.state_dict())
-    return student
+def store_spec(teacher: DecoderModel, config: DistillConfig) -> StoreSpec:
+    """What the student's terms need of a frozen teacher."""
+    return StoreSpec(
+        num_blocks=config.num_blocks if config.matches_features else 0,
+        hidden_size=teacher.hidden_size,
+        dtype=config.features.dtype,
+        list_size=min(config.list_size, teacher.num_items) if config.list_weight else 0,
+    )
 
 
 def student_samples(artifact: Artifact, teacher: DecoderModel, data: Dataset) -> Samples:
@@ -143,19 +89,33 @@ def student_samples(artifact: Artifact, teacher: DecoderModel, data: Dataset) ->
     return teacher_samples(teacher.spec.recipe, WindowConfig(**artifact.settings["window"]), data)
 
 
-def _fit(
-    teacher: DecoderModel, objective: DistillObjective, samples: Samples, data: Dataset, run: tuple[Path, str, str]
-) -> Progress:
-    work, key, device = run
-    target = resolve_device(device)
-    store = build_features(copy.copy(teacher).to(target).eval(), samples, objective.config.num_blocks, work, key)
-    cases = validation_cases(data.sequences)
-    task = Task(
-        title="distill",
-        objective=objective,
-        lengths=samples.lengths,
-        batch=lambda rows: samples.batch(rows)._replace(features=store.read(rows)),
-        validate=lambda: validation_ndcg(TorchRecommender(objective.student, target.type), cases),
-        item_parameters=ITEM_PARAMETERS,
+def _stage(teacher: Artifact, data: Dataset, config: DistillConfig) -> Stage:
+    settings = settings_of(config)
+    del settings["features"]["keep"]  # what is left on the shelf changes nothing in the student
+    return Stage(
+        name="distill", kind="checkpoint", settings=settings, parents={"teacher": teacher, "data": data.artifact}
     )
-    return train(task, objective.config.train, work, key, target)
+
+
+def _reader(
+    teacher: DecoderModel, samples: Samples, config: DistillConfig, place: tuple[Path, str, torch.device]
+) -> Reader | None:
+    """How a frozen teacher's features reach a batch; None where no term needs them."""
+    shelf, key, device = place
+    spec = store_spec(teacher, config)
+    if config.online is not None or not spec.columns():
+        return None
+    frozen = copy.copy(teacher).to(device).eval()
+    if config.features.source == "live":
+        return live_reader(frozen, samples, spec)
+    return build_store(frozen, samples, spec, shelf, key).read
+
+
+def _objective(teacher: DecoderModel, student: DecoderModel, config: DistillConfig) -> nn.Module:
+    distillation = DistillObjective(student, config, teacher.hidden_size)
+    return distillation if config.online is None else OnlineObjective(teacher, distillation)
+
+
+def _batch(samples: Samples, reader: Reader | None, rows: np.ndarray) -> Batch:
+    batch = samples.batch(rows)
+    return batch if reader is None else batch._replace(**reader(rows))

@@ -1,28 +1,41 @@
-"""The terms of SLMRec's objective (arXiv:2405.17890, section 3.3), each a function of one block's features."""
+"""The terms of SLMRec's objective (arXiv:2405.17890, section 3.3), functions of features or of scores."""
 
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+Features = Float[Tensor, "targets hidden"]
+Scores = Float[Tensor, "targets items"]
 
-def direction_loss(
-    student: Float[Tensor, "targets hidden"], teacher: Float[Tensor, "targets hidden"]
-) -> Float[Tensor, ""]:
+
+def direction_loss(student: Features, teacher: Features) -> Float[Tensor, ""]:
     """Mean of 1 - cos(student, teacher), in [0, 2]; zero iff the directions agree.
 
-    A mean over targets, so its scale does not depend on the batch. Gradients reach the student only. SLMRec eq. 3.
+    A mean over targets, so its scale does not depend on the batch. Detach the teacher to keep it frozen. SLMRec eq. 3.
     """
-    return 1 - F.cosine_similarity(student.float(), teacher.detach().float(), dim=-1).mean()
+    return 1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1).mean()
 
 
-def magnitude_loss(
-    student: Float[Tensor, "targets hidden"], teacher: Float[Tensor, "targets hidden"], *, scale: str
-) -> Float[Tensor, ""]:
-    """Mean squared distance; zero iff the features are equal. Gradients reach the student only. SLMRec eq. 4.
+def magnitude_loss(student: Features, teacher: Features, *, scale: str, squared: bool = True) -> Float[Tensor, ""]:
+    """Mean distance, squared (SLMRec eq. 4) or not (the published code); zero iff the features are equal.
 
-    With scale "hidden" it is divided by the teacher's mean squared norm over the batch, so that its size does not
-    depend on the decoder; with "none" it is the paper's, which swamps the cross-entropy on real decoders.
+    With scale "hidden" it is divided by the teacher's mean squared norm over the batch (or the root of it), which no
+    gradient passes, so that its size does not depend on the decoder; with "none" it is the paper's, which swamps the
+    cross-entropy on real decoders. Detach the teacher to keep it frozen.
     """
-    reference = teacher.detach().float()
-    distance = (student.float() - reference).pow(2).sum(dim=-1).mean()
-    return distance / reference.pow(2).sum(dim=-1).mean() if scale == "hidden" else distance
+    reference = teacher.float()
+    gaps = (student.float() - reference).pow(2).sum(dim=-1)
+    norm = reference.detach().pow(2).sum(dim=-1).mean()
+    if not squared:
+        gaps, norm = (gaps + gaps.eq(0)).sqrt() * gaps.ne(0), norm.sqrt()  # the root's slope at 0 is infinite
+    return gaps.mean() / norm if scale == "hidden" else gaps.mean()
+
+
+def divergence_loss(student: Scores, teacher: Scores) -> Float[Tensor, ""]:
+    """Mean KL(teacher || student) of the two softmaxes at temperature 1; zero iff scores agree up to a constant.
+
+    Over all items it is online distillation's logit loss, over a teacher's best items the list loss. Gradients reach
+    the student only.
+    """
+    wanted = teacher.detach().float().log_softmax(dim=-1)
+    return F.kl_div(student.float().log_softmax(dim=-1), wanted, reduction="batchmean", log_target=True)

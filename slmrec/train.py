@@ -31,11 +31,15 @@ class Batch(NamedTuple):
     """int64 [batch, positions]; 0 where a position has no target."""
     features: Tensor | None = None
     """Teacher features at the positions that have a target, [targets, blocks, hidden]."""
+    best: Tensor | None = None
+    """The teacher's best items there, int32 [targets, list], internal ids."""
+    best_scores: Tensor | None = None
+    """Their scores, [targets, list]."""
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
-        features = None if self.features is None else self.features.to(device)
-        return Batch(self.item_ids.to(device), self.targets.to(device), features)
+        moved = {name: part.to(device) for name, part in self._asdict().items() if part is not None}
+        return self._replace(**moved)
 
 
 class Objective(Protocol):

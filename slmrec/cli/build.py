@@ -7,7 +7,7 @@ import click
 
 from slmrec.cli.loading import choose, choose_student, resolve_output
 from slmrec.cli.options import common_options, data_option, dry_run_option, model_option, output_option, print_result
-from slmrec.config import DistillConfig, QuantizeConfig, TrainConfig
+from slmrec.config import DistillConfig, FeatureConfig, OnlineConfig, QuantizeConfig, TrainConfig
 from slmrec.errors import ConfigError
 
 
@@ -15,17 +15,52 @@ from slmrec.errors import ConfigError
 @click.option("--num-layers", default=4, show_default=True, help="Decoder layers of the student.")
 @click.option("--num-blocks", default=4, show_default=True, help="Blocks whose features are matched.")
 @click.option(
+    "--hidden-size", type=int, help="Width of a narrower student, with --init random  [default: the teacher's]"
+)
+@click.option(
     "--init",
-    type=click.Choice(["teacher", "backbone"]),
+    type=click.Choice(["teacher", "teacher-first", "backbone", "random"]),
     default="teacher",
     show_default=True,
-    help="Layers it starts from.",
+    help="Layers it starts from: the teacher's, evenly spaced or the first; the backbone's first; none.",
+)
+@click.option("--item-table", type=click.Choice(["trainable", "frozen"]), default="trainable", show_default=True)
+@click.option(
+    "--loss",
+    type=click.Choice(["paper", "repo"]),
+    default="paper",
+    show_default=True,
+    help="Means over blocks and squared distances, or sums and plain distances.",
 )
 @click.option("--direction-weight", default=1.0, show_default=True, help="Cosine term, lambda_1.")
 @click.option("--magnitude-weight", default=0.1, show_default=True, help="Squared distance, lambda_2.")
 @click.option("--supervision-weight", default=0.1, show_default=True, help="Multiple supervision, lambda_3.")
 @click.option(
     "--l2-scale", "magnitude_scale", type=click.Choice(["hidden", "none"]), default="hidden", show_default=True
+)
+@click.option("--list-weight", default=0.0, show_default=True, help="Divergence from the teacher's best items' scores.")
+@click.option("--list-size", default=50, show_default=True, help="Best items the list term compares.")
+@click.option(
+    "--features",
+    "source",
+    type=click.Choice(["stored", "live"]),
+    default="stored",
+    show_default=True,
+    help="Teacher features: computed once before training, or at every step.",
+)
+@click.option(
+    "--feature-dtype", "dtype", type=click.Choice(["bfloat16", "float32"]), default="bfloat16", show_default=True
+)
+@click.option("--keep-features", "keep", is_flag=True, help="Leave the store for further students of this teacher.")
+@click.option("--online", is_flag=True, help="Train the teacher as well, at the same time.")
+@click.option(
+    "--signal", type=click.Choice(["features", "logits"]), default="features", show_default=True, help="With --online."
+)
+@click.option(
+    "--teacher-gradient/--no-teacher-gradient",
+    default=False,
+    show_default=True,
+    help="With --online: whether feature terms move the teacher.",
 )
 @click.option("--epochs", default=4, show_default=True)
 @click.option("--patience", type=int, help="Epochs without a better validation NDCG@10  [default: train all epochs]")
@@ -45,12 +80,12 @@ def distill(
     dry_run: bool, **flags: Any,
 ) -> None:  # fmt: skip
     """Train a small student to follow the teacher's features, block by block."""
-    train = TrainConfig(**{n: flags.pop(n) for n in TrainConfig.__dataclass_fields__ if n in flags}, seed=seed)
-    config = DistillConfig(**flags, train=train)
+    config = _distill_config(flags, seed)
     teacher = choose(model, "teacher", "slmcompress train-teacher", "checkpoint")
     dataset = choose(data, "data", "slmcompress data FILE", "dataset")
     from compress.distill import distill as run
-    from compress.distill import require_distillable, student_samples
+    from compress.distill import student_samples
+    from compress.student import require_distillable
     from slmrec.cli.stages import planned, trained
     from slmrec.dataset import load_dataset
     from slmrec.models.checkpoint import load_decoder
@@ -63,6 +98,23 @@ def distill(
         return
     result = run(teacher, log, output, config, device=device, force=force)
     print_result(*trained(*result), as_json=as_json)
+
+
+def _distill_config(flags: dict[str, Any], seed: int) -> DistillConfig:
+    """Flags by the dataclass they belong to."""
+    train, features, online = (
+        {name: flags.pop(name) for name in fields.__dataclass_fields__ if name in flags}
+        for fields in (TrainConfig, FeatureConfig, OnlineConfig)
+    )
+    together = flags.pop("online")
+    if not together and online != {"signal": "features", "teacher_gradient": False}:
+        raise ConfigError("--signal and --teacher-gradient belong to online distillation", remedy="--online with them")
+    return DistillConfig(
+        **flags,
+        features=FeatureConfig(**features),
+        online=OnlineConfig(**online) if together else None,
+        train=TrainConfig(**train, seed=seed),
+    )
 
 
 @click.command()

@@ -30,6 +30,13 @@ class DecoderSpec:
     has_titles: bool
     backbone: str
     share_prefix: bool = True
+    title_size: int | None = None
+    """Width of a title vector; None = the decoder's."""
+
+    @property
+    def title_width(self) -> int:
+        """Width of a title vector."""
+        return self.title_size or int(self.decoder["hidden_size"])
 
     @property
     def layout(self) -> Layout:
@@ -82,15 +89,16 @@ class DecoderModel(nn.Module):
         self.item_proj = nn.Linear(spec.item_dim, hidden)
         self.register_buffer("prefix", torch.zeros(spec.prefix_length, hidden))
         self.register_buffer("suffix", torch.zeros(spec.suffix_length, hidden))
-        self.register_buffer("titles", torch.zeros(spec.num_items + 1, hidden) if spec.has_titles else None)
+        titles = torch.zeros(spec.num_items + 1, spec.title_width) if spec.has_titles else None
+        self.register_buffer("titles", titles)
         self.prefix: Tensor
         self.suffix: Tensor
         self.titles: Tensor | None
         tied = spec.recipe.head == "tied"
         self.user_proj = nn.Linear(hidden, spec.item_dim, bias=False) if tied else None
         self.item_head = None if tied else nn.Linear(hidden, spec.num_items)
-        self.title_input = nn.Linear(hidden, hidden, bias=False) if spec.has_titles else None
-        self.title_table = nn.Linear(hidden, spec.item_dim, bias=False) if spec.has_titles and tied else None
+        self.title_input = nn.Linear(spec.title_width, hidden, bias=False) if spec.has_titles else None
+        self.title_table = nn.Linear(spec.title_width, spec.item_dim, bias=False) if spec.has_titles and tied else None
         self.dropout = nn.Dropout(spec.recipe.dropout)
 
     @property

@@ -1,0 +1,146 @@
+"""SLMRec's table on one data set: SASRec, teacher, and the student with one term after the other.
+
+    python benchmarks/slmrec_table.py ml-100k --seeds 0,1,2
+    python benchmarks/slmrec_table.py beauty --data ../shared/data/beauty --seeds 0
+
+Every student row has the same initialisation, item table, batches, steps and learning rate; validation chooses the
+epoch, test is read once. Finished cells are kept below --runs, and an interrupted table goes on where it was.
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cells import cell, measured, summarize
+from recording import record
+
+from compress.distill import distill
+from slmrec.artifact import Artifact
+from slmrec.cli.loading import load_recommender
+from slmrec.config import (
+    BenchmarkConfig,
+    DataConfig,
+    DistillConfig,
+    FeatureConfig,
+    RecipeConfig,
+    SasrecConfig,
+    TeacherConfig,
+    TrainConfig,
+    WindowConfig,
+)
+from slmrec.dataset import Dataset, load_dataset
+from slmrec.interactions import prepare_dataset
+from slmrec.latency import measure_latency
+from slmrec.sequences import test_cases
+from slmrec.sources import source_files
+from slmrec.train_items import train_items
+from slmrec.train_teacher import train_teacher
+
+NONE = {"direction_weight": 0.0, "magnitude_weight": 0.0, "supervision_weight": 0.0}
+STUDENTS: dict[str, dict[str, Any]] = {
+    "CE": NONE,
+    "CE + supervision": NONE | {"supervision_weight": 0.1},
+    "cosine": NONE | {"direction_weight": 1.0},
+    "cosine + norm": NONE | {"direction_weight": 1.0, "magnitude_weight": 0.1},
+    "SLMRec": {},
+    "SLMRec + list": {"list_weight": 1.0},
+}
+"""The teacher is the row "teacher", SASRec the row "SASRec-CE"; the others differ in their loss alone."""
+
+
+def recipes(name: str, seed: int) -> tuple[SasrecConfig, TeacherConfig, DistillConfig]:
+    """Settings of a data set; those of ML-100K are the demo's."""
+    decoder = {"learning_rate": 3e-4, "item_learning_rate": 1e-3, "seed": seed}
+    if name == "ml-100k":
+        items = TrainConfig(epochs=27, batch_size=32, learning_rate=2e-3, precision="fp32", seed=seed)
+        train = TrainConfig(epochs=3, batch_size=16, warmup_steps=20, **decoder)  # type: ignore[arg-type]
+        return (
+            SasrecConfig(dropout=0.4, train=items),
+            TeacherConfig(
+                num_layers=8, recipe=RecipeConfig(prompt="none"), train=train,
+                window=WindowConfig(max_history=50, max_events=100),
+            ),
+            DistillConfig(num_layers=4, train=replace(train, epochs=4)),
+        )  # fmt: skip
+    items = TrainConfig(epochs=60, batch_size=128, learning_rate=1e-3, precision="fp32", patience=8, seed=seed)
+    train = TrainConfig(epochs=8, batch_size=64, warmup_steps=50, patience=2, **decoder)  # type: ignore[arg-type]
+    window = WindowConfig(max_history=50, max_events=200 if name == "ml-1m" else 50)
+    return (
+        SasrecConfig(dropout=0.6, window=window, train=items),
+        TeacherConfig(num_layers=8, recipe=RecipeConfig(prompt="none", dropout=0.4), window=window, train=train),
+        DistillConfig(num_layers=4, train=replace(train, epochs=6)),
+    )
+
+
+def prepared(name: str, folder: Path | None, runs: Path) -> Dataset:
+    """The dataset artefact of a named source or of a folder with sequences.txt and titles.tsv."""
+    if folder is None:
+        prepare_dataset(source_files(name), runs / "data", DataConfig())
+    else:
+        prepare_dataset([folder / "sequences.txt"], runs / "data", DataConfig(items_file=str(folder / "titles.tsv")))
+    return load_dataset(runs / "data")
+
+
+def fill(name: str, data: Dataset, runs: Path, seed: int, wanted: list[str]) -> dict[str, dict[str, Any]]:
+    """All wanted rows of one seed; artefacts and cells that are there are not made again."""
+    items_config, teacher_config, student_config = recipes(name, seed)
+    at = runs / f"seed-{seed}"
+    items, _ = train_items(data, at / "items", items_config)
+    found = {"SASRec-CE": cell(at / "cells" / "SASRec-CE.json", lambda: measured(items, data))}
+    if wanted == ["SASRec-CE"]:
+        return found
+    teacher, _ = train_teacher(items, data, at / "teacher", teacher_config)
+    found["teacher"] = cell(at / "cells" / "teacher.json", lambda: measured(teacher, data))
+    for row, weights in STUDENTS.items():
+        if row in wanted:
+            config = replace(student_config, features=FeatureConfig(keep=True), **weights)
+            found[row] = cell(at / "cells" / f"{row}.json", lambda c=config, r=row: _student(teacher, data, at / r, c))
+    return found
+
+
+def _student(teacher: Artifact, data: Dataset, output: Path, config: DistillConfig) -> dict[str, Any]:
+    return measured(distill(teacher, data, output, config)[0], data)
+
+
+def speeds(data: Dataset, at: Path, rows: list[str]) -> dict[str, float]:
+    """Milliseconds at p50 of one request, PyTorch, rows in turn."""
+    from slmrec.artifact import open_artifact
+
+    folders = {row: at / {"SASRec-CE": "items", "teacher": "teacher"}.get(row, row) for row in rows}
+    recommenders = {row: load_recommender(open_artifact(folder)) for row, folder in folders.items()}
+    timings = measure_latency(
+        recommenders, test_cases(data.sequences).histories, BenchmarkConfig(rounds=100, batch_sizes=(), batch_rounds=2)
+    )
+    return {row: timing.latency()["p50_ms"] for row, timing in timings.items()}
+
+
+def main() -> None:
+    """Fill the cells, summarize and record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=["ml-100k", "beauty", "ml-1m"])
+    parser.add_argument("--data", type=Path, help="folder with sequences.txt and titles.tsv; not for ml-100k")
+    parser.add_argument("--runs", type=Path)
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--rows", help="comma-separated; default all", default=",".join(["teacher", *STUDENTS]))
+    arguments = parser.parse_args()
+    runs = arguments.runs or Path("runs") / f"table-{arguments.name}"
+    seeds, wanted = [int(seed) for seed in arguments.seeds.split(",")], arguments.rows.split(",")
+    data = prepared(arguments.name, arguments.data, runs)
+    filled = [fill(arguments.name, data, runs, seed, wanted) for seed in seeds]
+    if wanted == ["SASRec-CE"] or "CE" not in filled[0]:
+        print(json.dumps({row: one["test"] for row, one in filled[0].items()}, indent=2))
+        return
+    rows = {row: [one[row] for one in filled] for row in filled[0]}
+    lines = summarize(rows, against="CE", teacher="teacher")
+    milliseconds = speeds(data, runs / f"seed-{seeds[0]}", list(rows))
+    for line in lines:
+        line["p50_ms"] = milliseconds[line["row"]]
+    info = {key: data.info[key] for key in ("num_users", "num_items", "num_interactions")}
+    record(f"slmrec_{arguments.name.replace('-', '_')}", {"dataset": info | {"hash": data.hash}, "rows": lines})
+    print(json.dumps(lines, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""What a student minimises: SLMRec's terms, each by its name, with a frozen teacher or one that learns as well."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+from compress.blocks import block_ends, state_index
+from compress.losses import direction_loss, divergence_loss, magnitude_loss
+from slmrec.config import DistillConfig
+from slmrec.models.decoder import DecoderModel
+from slmrec.samples import cross_entropy
+from slmrec.train import Batch
+
+States = Sequence[Tensor]
+Targets = Int64[Tensor, " targets"]
+BlockFeatures = Float[Tensor, "targets blocks hidden"]
+
+
+class DistillObjective(nn.Module):
+    """Cross-entropy, feature direction, feature magnitude, multiple supervision and the teacher's list.
+
+    Args:
+        student: what is trained.
+        config: weights of the terms; those of weight 0 are not computed.
+        teacher_hidden: width of the features that come with a batch; where it is not the student's, a projection per
+            block is trained with the student and dropped when it is saved.
+    """
+
+    def __init__(self, student: DecoderModel, config: DistillConfig, teacher_hidden: int | None = None) -> None:
+        super().__init__()
+        self.student, self.config = student, config
+        self.ends = block_ends(student.num_layers, config.num_blocks)
+        self.adapters = supervision_adapters(student, config)
+        wider = teacher_hidden not in (None, student.hidden_size) and config.matches_features
+        self.projections = nn.ModuleList(
+            nn.Linear(student.hidden_size, teacher_hidden, bias=False) if wider and teacher_hidden else nn.Identity()
+            for _ in self.ends
+        )
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Weighted terms: ce, and per block direction_block_i, magnitude_block_i, supervision_block_i; and list.
+
+        Features come with the batch, one row per target.
+        """
+        states = self.student(batch.item_ids)
+        return self.terms(states, batch, batch.features)
+
+    def terms(self, states: States, batch: Batch, features: BlockFeatures | None) -> dict[str, Tensor]:
+        """The terms of a student's states; `features` may carry a gradient to their teacher."""
+        wanted = batch.targets != 0
+        targets = batch.targets[wanted]
+        scores = self.student.logits(states[-1][wanted])
+        terms = {"ce": cross_entropy(scores, targets)}
+        if self.config.matches_features:
+            terms |= self._feature_terms(states, batch, features)
+        terms |= self._supervision_terms(states, wanted, targets)
+        if self.config.list_weight:
+            assert batch.best is not None
+            best = batch.best.long() - 1
+            ours, theirs = scores.gather(1, best), batch.best_scores
+            assert theirs is not None
+            terms["list"] = self.config.list_weight * divergence_loss(ours, theirs)
+        return terms
+
+    def _feature_terms(self, states: States, batch: Batch, features: BlockFeatures | None) -> dict[str, Tensor]:
+        assert features is not None
+        config, terms = self.config, {}
+        share = 1 / config.num_blocks if config.loss == "paper" else 1.0
+        wanted = batch.targets != 0
+        kept = feature_targets(batch, has_prefix=self.student.spec.prefix_length > 0)
+        for block, end in enumerate(self.ends):
+            ours = self.projections[block](states[state_index(end)][wanted][kept].float())
+            theirs = features[kept][:, block]
+            if config.direction_weight:
+                loss = direction_loss(ours, theirs) if len(ours) else ours.sum()
+                terms[f"direction_block_{block + 1}"] = config.direction_weight * share * loss
+            if config.magnitude_weight:
+                settings = {"scale": config.magnitude_scale, "squared": config.loss == "paper"}
+                loss = magnitude_loss(ours, theirs, **settings) if len(ours) else ours.sum()  # type: ignore[arg-type]
+                terms[f"magnitude_block_{block + 1}"] = config.magnitude_weight * share * loss
+        return terms
+
+    def _supervision_terms(self, states: States, wanted: Tensor, targets: Targets) -> dict[str, Tensor]:
+        config, terms = self.config, {}
+        share = 1 / max(1, len(self.adapters)) if config.loss == "paper" else 1.0
+        for block, logits in enumerate(adapted_logits(self.student, self.adapters, states, wanted)):
+            terms[f"supervision_block_{block + 1}"] = config.supervision_weight * share * cross_entropy(logits, targets)
+        return terms
+
+
+class OnlineObjective(nn.Module):
+    """Teacher and student learn together: cross-entropy for both, and the student follows the teacher as it is.
+
+    The teacher's terms bear the prefix teacher_; its own supervision trains the adapters that logits are read from.
+    """
+
+    def __init__(self, teacher: DecoderModel, distillation: DistillObjective) -> None:
+        super().__init__()
+        assert distillation.config.online is not None
+        self.teacher, self.distillation, self.online = teacher, distillation, distillation.config.online
+        self.ends = block_ends(teacher.num_layers, distillation.config.num_blocks)
+        needed = self.online.signal == "logits"
+        self.teacher_adapters = supervision_adapters(teacher, distillation.config) if needed else nn.ModuleList()
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """The student's terms as `DistillObjective` names them, those of the teacher, and logits_block_i."""
+        wanted = batch.targets != 0
+        targets = batch.targets[wanted]
+        theirs = self.teacher(batch.item_ids)
+        ours = self.distillation.student(batch.item_ids)
+        features = torch.stack([theirs[state_index(end)][wanted] for end in self.ends], dim=1)
+        terms = self.distillation.terms(ours, batch, features if self.online.teacher_gradient else features.detach())
+        terms["teacher_ce"] = cross_entropy(self.teacher.logits(theirs[-1][wanted]), targets)
+        return terms | (self._logit_terms(ours, theirs, wanted, targets) if self.online.signal == "logits" else {})
+
+    def _logit_terms(self, ours: States, theirs: States, wanted: Tensor, targets: Targets) -> dict[str, Tensor]:
+        student, adapters, weight = self.distillation.student, self.distillation.adapters, self._supervision_share()
+        terms = {}
+        pairs = zip(
+            adapted_logits(student, adapters, ours, wanted),
+            adapted_logits(self.teacher, self.teacher_adapters, theirs, wanted),
+            strict=True,
+        )
+        for block, (student_logits, teacher_logits) in enumerate(pairs, 1):
+            terms[f"teacher_supervision_block_{block}"] = weight * cross_entropy(teacher_logits, targets)
+            terms[f"logits_block_{block}"] = divergence_loss(student_logits, teacher_logits)
+        return terms
+
+    def _supervision_share(self) -> float:
+        config = self.distillation.config
+        return config.supervision_weight * (1 / len(self.teacher_adapters) if config.loss == "paper" else 1.0)
+
+
+def supervision_adapters(model: DecoderModel, config: DistillConfig) -> nn.ModuleList:
+    """One Linear(hidden -> d) per block before the last, for multiple supervision; dropped when a student is saved."""
+    count = config.num_blocks - 1 if config.supervision_weight else 0
+    return nn.ModuleList(nn.Linear(model.hidden_size, model.spec.item_dim, bias=False) for _ in range(count))
+
+
+def adapted_logits(model: DecoderModel, adapters: nn.ModuleList, states: States, wanted: Tensor) -> list[Tensor]:
+    """Scores of the catalogue from the ends of the blocks before the last, in fp32 as the head's."""
+    if not len(adapters):
+        return []
+    ends = block_ends(model.num_layers, len(adapters) + 1)
+    with torch.autocast(wanted.device.type, enabled=False):
+        outputs = model.item_outputs().T
+        read = zip(adapters, ends[:-1], strict=True)
+        return [adapter(states[state_index(end)][wanted].float()) @ outputs for adapter, end in read]
+
+
+def feature_targets(batch: Batch, *, has_prefix: bool) -> Bool[Tensor, " targets"]:
+    """Which targets have comparable features: all, but without a prefix the first token is an attention sink.
+
+    There a decoder's states are hundreds of times larger than anywhere else, and swamp every distance.
+    """
+    wanted = batch.targets != 0
+    if has_prefix or batch.targets.shape != batch.item_ids.shape:  # read after a suffix
+        return torch.ones(int(wanted.sum()), dtype=torch.bool, device=wanted.device)
+    first = (batch.item_ids != 0).cumsum(dim=1) == 1
+    return ~first[wanted]
