@@ -1,0 +1,128 @@
+"""How deep a teacher has to be: teachers trained at several depths, and early exits of the deepest one.
+
+    python benchmarks/depth_study.py --depths 1,2,4,8,16,24,30 --seeds 0
+
+SLMRec's Figure 2 shows early exits of a deep teacher (worst in the middle, and poor at the last layer but one), and
+its reviewers asked why. Here exits are read with the final norm and without it, beside teachers trained at each depth.
+ML-100K; cells are kept below --runs and found again.
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import torch
+from cells import cell, measured
+from recording import RESULTS, record
+from slmrec_table import prepared, recipes
+
+from slmrec.artifact import Artifact
+from slmrec.dataset import Dataset
+from slmrec.metrics import ndcg, ranks_of_targets
+from slmrec.models.checkpoint import load_decoder
+from slmrec.models.decoder import DecoderModel
+from slmrec.models.ranking import TorchRecommender
+from slmrec.sequences import test_cases
+from slmrec.train_items import train_items
+from slmrec.train_teacher import train_teacher
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+
+class EarlyExit(torch.nn.Module):
+    """The user vector after one layer, normed by the final norm or as it is."""
+
+    def __init__(self, model: DecoderModel, layer: int, *, normed: bool) -> None:
+        super().__init__()
+        self.model, self.layer, self.normed = model, layer, normed
+        self.num_items, self.max_history = model.num_items, model.max_history
+
+    def score(self, item_ids: torch.Tensor) -> torch.Tensor:
+        """Scores of the items 1..num_items after the newest item of each history."""
+        held: list[torch.Tensor] = []
+        hook = self.model.decoder.layers[self.layer].register_forward_hook(
+            lambda _, __, output: held.append(output[0] if isinstance(output, tuple) else output)
+        )
+        self.model(item_ids)
+        hook.remove()
+        state = held[0][:, -1]
+        return self.model.logits(self.model.decoder.norm(state) if self.normed else state)
+
+
+def exits(artifact: Artifact, data: Dataset) -> dict[str, Any]:
+    """Test NDCG@10 after every layer, with the final norm and without."""
+    model, cases = load_decoder(artifact).eval(), test_cases(data.sequences)
+    found: dict[str, list[float]] = {"with the final norm": [], "without": []}
+    for name, values in found.items():
+        for layer in range(model.num_layers):
+            recommender = TorchRecommender(EarlyExit(model, layer, normed=name != "without"), "cpu")
+            answer = recommender.recommend(cases.histories, 10)
+            values.append(float(ndcg(ranks_of_targets(answer.item_ids, cases.targets), 10).mean()))
+    return {"exits": found, "test": {"ndcg@10": found["with the final norm"][-1]}}
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Accuracy against depth: one line of trained teachers, two of exits."""
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    depths = [row["num_layers"] for row in result["trained"]]
+    means = np.array([np.mean(row["test_ndcg@10"]) for row in result["trained"]])
+    spread = np.array([[np.min(row["test_ndcg@10"]), np.max(row["test_ndcg@10"])] for row in result["trained"]])
+    axes.errorbar(
+        depths,
+        means,
+        yerr=np.abs(spread.T - means),
+        marker="o",
+        capsize=3,
+        label="trained at this depth",
+        color="#0072B2",
+    )
+    for (name, values), colour in zip(result["exits"].items(), ("#D55E00", "#999999"), strict=True):
+        axes.plot(range(1, len(values) + 1), values, marker=".", color=colour, label=f"early exit, {name}")
+    axes.axhline(result["sasrec"], color="black", linewidth=0.8, linestyle="--", label="SASRec-CE")
+    axes.set(xlabel="decoder layers", ylabel="test NDCG@10, full catalogue", ylim=(0, None))
+    axes.legend(frameon=False)
+    for suffix in (".svg", ".png"):
+        figure.savefig(path.with_suffix(suffix), dpi=120, metadata={"Date": None} if suffix == ".svg" else None)
+
+
+def main() -> None:
+    """Train, exit, draw and record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--depths", default="1,2,4,8,16,24,30")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--runs", type=Path, default=Path("runs/depth-study"))
+    arguments = parser.parse_args()
+    depths, seeds = ([int(n) for n in text.split(",")] for text in (arguments.depths, arguments.seeds))
+    data = prepared("ml-100k", None, arguments.runs)
+    trained: dict[int, list[float]] = {depth: [] for depth in depths}
+    sasrec, last = [], None
+    for seed in seeds:
+        items_config, teacher_config, _ = recipes("ml-100k", seed)
+        at = arguments.runs / f"seed-{seed}"
+        items, _ = train_items(data, at / "items", items_config)
+        sasrec.append(cell(at / "cells" / "SASRec-CE.json", lambda i=items: measured(i, data))["test"]["ndcg@10"])
+        for depth in depths:
+            config = replace(teacher_config, num_layers=depth)
+            last, _ = train_teacher(items, data, at / f"teacher-{depth}", config)
+            found = cell(at / "cells" / f"teacher-{depth}.json", lambda t=last: measured(t, data))
+            trained[depth].append(found["test"]["ndcg@10"])
+    assert last is not None
+    early = cell(arguments.runs / "exits.json", lambda: exits(last, data))["exits"]
+    result = {
+        "dataset": "ml-100k",
+        "sasrec": float(np.mean(sasrec)),
+        "trained": [{"num_layers": depth, "test_ndcg@10": values} for depth, values in trained.items()],
+        "exits": early,
+    }
+    record("depth_study", result)
+    draw(result, RESULTS / "depth_study.svg")
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
