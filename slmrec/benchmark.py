@@ -1,7 +1,7 @@
 """Accuracy against latency of several artefacts in one run, and what separates each from the baseline."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -164,12 +164,24 @@ def _row(one: _Measured, reference: _Measured, config: BenchmarkConfig) -> dict[
         "accuracy": one.accuracy.to_json() if one.accuracy else None,
         "latency": {"batch_1": one.timing.latency()},
         "throughput": one.timing.throughput(),
+        "price_per_million": price_per_million(one.timing.throughput(), config.gpu_hour_price),
         "size_bytes": artifact.size_bytes,
         "peak_memory_bytes": one.memory.peak_bytes if one.memory else None,
         "memory": one.memory.to_json() if one.memory else None,
         "ratios": _ratios(one, reference, config),
         "comparison": None,
     }
+
+
+def price_per_million(throughput: Mapping[str, float], hour_price: float | None) -> float | None:
+    """What a million users' lists cost at the best measured rate, in the currency of the machine's hour.
+
+    >>> price_per_million({"batch_8": 100.0, "batch_32": 250.0}, 1.8)
+    2.0
+    """
+    if hour_price is None:
+        return None
+    return 1e6 / max(throughput.values()) / 3600 * hour_price
 
 
 def _ratios(one: _Measured, reference: _Measured, config: BenchmarkConfig) -> dict[str, Any]:

@@ -338,10 +338,19 @@ class BenchmarkConfig:
     top_k: int = 10
     accuracy: bool = True
     """Evaluate on all test users as well."""
+    gpu_hour_price: float | None = None
+    """Price of an hour of the machine, in any currency; turns measured rates into the price of recommendations."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         _require_least(self, rounds=2, batch_rounds=2)
+        price = self.gpu_hour_price
+        _require(price is None or price > 0, f"gpu_hour_price={price} is not above 0", "--gpu-hour-price 2.50")
+        _require(
+            price is None or bool(self.batch_sizes),
+            "a price needs a measured throughput, but batch_sizes is empty",
+            "--batch-sizes 8,32",
+        )
         _require(
             min(self.batch_sizes, default=1) >= 1,
             f"batch_sizes={self.batch_sizes} hold one below 1",

@@ -119,6 +119,8 @@ def markdown_table(benchmark: Mapping[str, Any]) -> list[str]:
         "size",
         "memory",
     ]
+    priced = benchmark["settings"].get("gpu_hour_price") is not None
+    header += ["price of a million lists"] if priced else []
     lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
     for row in benchmark["rows"]:
         latency = row["latency"]["batch_1"]
@@ -133,6 +135,7 @@ def markdown_table(benchmark: Mapping[str, Any]) -> list[str]:
             number(row["throughput"].get(f"batch_{batch}")),
             bytes_text(row["size_bytes"]),
             bytes_text(row["peak_memory_bytes"]),
+            *([number(row["price_per_million"])] if priced else []),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
@@ -233,6 +236,7 @@ def versions_line(machine: Mapping[str, Any]) -> str:
 def _flat_row(row: Mapping[str, Any]) -> dict[str, Any]:
     accuracy = row["accuracy"] or {}
     flat = {name: row[name] for name in ("name", "artifact", "kind", "size_bytes", "peak_memory_bytes")}
+    flat["price_per_million"] = row.get("price_per_million")
     flat |= {name: accuracy.get(name) for name in ACCURACY_COLUMNS}
     for metric, (low, high) in accuracy.get("intervals", {}).items():
         flat |= {f"{metric}_low": low, f"{metric}_high": high}

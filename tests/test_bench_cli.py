@@ -99,6 +99,13 @@ def test_benchmark_settings_may_come_from_a_file(runs: Path) -> None:
     assert (settings["rounds"], settings["batch_sizes"]) == (12, [3])
 
 
+def test_a_price_of_the_hour_prices_a_million_lists_at_the_best_rate(runs: Path) -> None:
+    row = json.loads(run_bench(runs, "--gpu-hour-price", "3.6", "--json").stdout)["rows"][1]
+    assert row["price_per_million"] == pytest.approx(1e3 / max(row["throughput"].values()))
+    assert "price of a million lists" in (runs / "report" / "benchmark.md").read_text()
+    assert isinstance(run_bench(runs, "--gpu-hour-price", "0").exception, ConfigError)
+
+
 def test_batch_sizes_that_are_no_list_are_refused(runs: Path) -> None:
     assert invoke(benchmark, runs / "teacher", "--batch-sizes", "8;32").exit_code == 2
 

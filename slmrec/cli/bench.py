@@ -87,6 +87,7 @@ def evaluate(
 @click.option("--batch-sizes", type=IntList(), default="8,32", show_default=True, help="Of the throughput.")
 @click.option("--batch-rounds", type=int, default=10, show_default=True, help="Batches of each size and artefact.")
 @click.option("--top-k", type=int, default=10, show_default=True, help="Items asked for while timing.")
+@click.option("--gpu-hour-price", type=float, help="Price of the machine's hour: adds the price of a million lists.")
 @click.option("--accuracy/--no-accuracy", default=True, show_default=True, help="Evaluate on all test users.")
 @click.option("--memory/--no-memory", default=True, show_default=True, help="Peak memory, in a process each.")
 @common_options
