@@ -22,7 +22,7 @@ from slmrec_table import prepared
 
 from compress.distill import store_spec
 from compress.features import FeatureStore, StoreSpec, build_store, teacher_says
-from compress.objective import DistillObjective
+from compress.objective import DistillObjective, with_teacher
 from compress.student import build_student
 from slmrec.config import DistillConfig, RecipeConfig, TrainConfig, WindowConfig
 from slmrec.dataset import Dataset
@@ -74,7 +74,7 @@ def decoder_only(model: DecoderModel, batch: Batch) -> None:
 def asked(teacher: DecoderModel, batch: Batch, spec: StoreSpec) -> Batch:
     """A batch with what a live teacher says, computed as fast as it can be."""
     with half():
-        return batch._replace(**teacher_says(teacher, batch, spec))
+        return with_teacher(batch, teacher_says(teacher, batch, spec), has_prefix=False)
 
 
 def contestants(data: Dataset, samples: Samples, store_folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -96,7 +96,9 @@ def contestants(data: Dataset, samples: Samples, store_folder: Path) -> tuple[di
         )
 
     steps: dict[str, Callable[[np.ndarray], None]] = {
-        "stored": lambda rows: trained(objective, lambda: samples.batch(rows)._replace(**store.read(rows)), optimizer),
+        "stored": lambda rows: trained(
+            objective, lambda: with_teacher(samples.batch(rows), store.read(rows), has_prefix=False), optimizer
+        ),
         "live 8 layers": with_features(8),
         "live 30 layers": with_features(30),
         "decoder of 4": lambda rows: decoder_only(student, samples.batch(rows)),

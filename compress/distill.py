@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from compress.features import Reader, StoreSpec, build_store, live_reader
-from compress.objective import DistillObjective, OnlineObjective
+from compress.objective import DistillObjective, OnlineObjective, with_teacher
 from compress.student import build_student, require_distillable
 from slmrec.artifact import Artifact, Stage, is_up_to_date, open_artifact, publish, work_folder
 from slmrec.catalogue import load_catalogue, require_same_catalogue
@@ -60,7 +60,7 @@ def distill(
         title="distill",
         objective=_objective(teacher, student, config),
         lengths=samples.lengths,
-        batch=lambda rows: _batch(samples, reader, rows),
+        batch=lambda rows: _batch(samples, reader, rows, has_prefix=student.spec.prefix_length > 0),
         validate=lambda: validation_ndcg(TorchRecommender(student, target.type), cases),
         item_parameters=DISTILLED_PARAMETERS,
     )
@@ -116,6 +116,6 @@ def _objective(teacher: DecoderModel, student: DecoderModel, config: DistillConf
     return distillation if config.online is None else OnlineObjective(teacher, distillation)
 
 
-def _batch(samples: Samples, reader: Reader | None, rows: np.ndarray) -> Batch:
+def _batch(samples: Samples, reader: Reader | None, rows: np.ndarray, *, has_prefix: bool) -> Batch:
     batch = samples.batch(rows)
-    return batch if reader is None else batch._replace(**reader(rows))
+    return batch if reader is None else with_teacher(batch, reader(rows), has_prefix=has_prefix)

@@ -16,19 +16,21 @@ def direction_loss(student: Features, teacher: Features) -> Float[Tensor, ""]:
     return 1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1).mean()
 
 
-def magnitude_loss(student: Features, teacher: Features, *, scale: str, squared: bool = True) -> Float[Tensor, ""]:
+def magnitude_loss(
+    student: Features, teacher: Features, *, norm: Tensor | None = None, squared: bool = True
+) -> Float[Tensor, ""]:
     """Mean distance, squared (SLMRec eq. 4) or not (the published code); zero iff the features are equal.
 
-    With scale "hidden" it is divided by the teacher's mean squared norm over the batch (or the root of it), which no
-    gradient passes, so that its size does not depend on the decoder; with "none" it is the paper's, which swamps the
-    cross-entropy on real decoders. Detach the teacher to keep it frozen.
+    Divided by `norm`, a mean squared norm of the teacher's features (by its root where distances are not squared), its
+    size does not depend on the decoder; without, it is the paper's, which swamps the cross-entropy on real decoders.
+    Detach the teacher to keep it frozen.
     """
-    reference = teacher.float()
-    gaps = (student.float() - reference).pow(2).sum(dim=-1)
-    norm = reference.detach().pow(2).sum(dim=-1).mean()
+    gaps = (student.float() - teacher.float()).pow(2).sum(dim=-1)
     if not squared:
-        gaps, norm = (gaps + gaps.eq(0)).sqrt() * gaps.ne(0), norm.sqrt()  # the root's slope at 0 is infinite
-    return gaps.mean() / norm if scale == "hidden" else gaps.mean()
+        gaps = (gaps + gaps.eq(0)).sqrt() * gaps.ne(0)  # the root's slope at 0 is infinite
+    if norm is None:
+        return gaps.mean()
+    return gaps.mean() / (norm if squared else norm.sqrt())
 
 
 def divergence_loss(student: Scores, teacher: Scores) -> Float[Tensor, ""]:

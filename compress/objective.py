@@ -1,6 +1,6 @@
 """What a student minimises: SLMRec's terms, each by its name, with a frozen teacher or one that learns as well."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -15,7 +15,7 @@ from slmrec.train import Batch
 
 States = Sequence[Tensor]
 Targets = Int64[Tensor, " targets"]
-BlockFeatures = Float[Tensor, "targets blocks hidden"]
+BlockFeatures = Float[Tensor, "feature_targets blocks hidden"]
 
 
 class DistillObjective(nn.Module):
@@ -42,7 +42,7 @@ class DistillObjective(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Weighted terms: ce, and per block direction_block_i, magnitude_block_i, supervision_block_i; and list.
 
-        Features come with the batch, one row per target.
+        Features come with the batch, one row per feature target (see `feature_targets`).
         """
         states = self.student(batch.item_ids)
         return self.terms(states, batch, batch.features)
@@ -65,20 +65,23 @@ class DistillObjective(nn.Module):
         return terms
 
     def _feature_terms(self, states: States, batch: Batch, features: BlockFeatures | None) -> dict[str, Tensor]:
+        """Means over all targets, to which those without a comparable feature add nothing."""
         assert features is not None
         config, terms = self.config, {}
-        share = 1 / config.num_blocks if config.loss == "paper" else 1.0
-        wanted = batch.targets != 0
         kept = feature_targets(batch, has_prefix=self.student.spec.prefix_length > 0)
+        count = len(kept)
+        share = (1 / config.num_blocks if config.loss == "paper" else 1.0) * len(features) / count
+        norms = features.detach().float().pow(2).sum(dim=(0, 2)) / count
         for block, end in enumerate(self.ends):
-            ours = self.projections[block](states[state_index(end)][wanted][kept].float())
-            theirs = features[kept][:, block]
+            ours = self.projections[block](states[state_index(end)][batch.targets != 0][kept].float())
+            theirs = features[:, block]
             if config.direction_weight:
                 loss = direction_loss(ours, theirs) if len(ours) else ours.sum()
                 terms[f"direction_block_{block + 1}"] = config.direction_weight * share * loss
             if config.magnitude_weight:
-                settings = {"scale": config.magnitude_scale, "squared": config.loss == "paper"}
-                loss = magnitude_loss(ours, theirs, **settings) if len(ours) else ours.sum()  # type: ignore[arg-type]
+                norm = norms[block] if config.magnitude_scale == "hidden" else None
+                squared = config.loss == "paper"
+                loss = magnitude_loss(ours, theirs, norm=norm, squared=squared) if len(ours) else ours.sum()
                 terms[f"magnitude_block_{block + 1}"] = config.magnitude_weight * share * loss
         return terms
 
@@ -110,7 +113,8 @@ class OnlineObjective(nn.Module):
         targets = batch.targets[wanted]
         theirs = self.teacher(batch.item_ids)
         ours = self.distillation.student(batch.item_ids)
-        features = torch.stack([theirs[state_index(end)][wanted] for end in self.ends], dim=1)
+        kept = feature_targets(batch, has_prefix=self.teacher.spec.prefix_length > 0)
+        features = torch.stack([theirs[state_index(end)][wanted][kept] for end in self.ends], dim=1)
         terms = self.distillation.terms(ours, batch, features if self.online.teacher_gradient else features.detach())
         terms["teacher_ce"] = cross_entropy(self.teacher.logits(theirs[-1][wanted]), targets)
         return terms | (self._logit_terms(ours, theirs, wanted, targets) if self.online.signal == "logits" else {})
@@ -148,6 +152,16 @@ def adapted_logits(model: DecoderModel, adapters: nn.ModuleList, states: States,
         outputs = model.item_outputs().T
         read = zip(adapters, ends[:-1], strict=True)
         return [adapter(states[state_index(end)][wanted].float()) @ outputs for adapter, end in read]
+
+
+def with_teacher(batch: Batch, found: Mapping[str, Tensor], *, has_prefix: bool) -> Batch:
+    """A batch with what a frozen teacher says at its targets; features of those alone that can be compared."""
+    fields = dict(found)
+    if "features" in fields:
+        fields["features"] = fields["features"][
+            feature_targets(batch, has_prefix=has_prefix).to(fields["features"].device)
+        ]
+    return batch._replace(**fields)
 
 
 def feature_targets(batch: Batch, *, has_prefix: bool) -> Bool[Tensor, " targets"]:

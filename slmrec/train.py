@@ -30,9 +30,9 @@ class Batch(NamedTuple):
     targets: Tensor
     """int64 [batch, positions]; 0 where a position has no target."""
     features: Tensor | None = None
-    """Teacher features at the positions that have a target, [targets, blocks, hidden]."""
+    """Teacher features at the targets where they can be compared, [feature targets, blocks, hidden]."""
     best: Tensor | None = None
-    """The teacher's best items there, int32 [targets, list], internal ids."""
+    """The teacher's best items at each target, int32 [targets, list], internal ids."""
     best_scores: Tensor | None = None
     """Their scores, [targets, list]."""
 

@@ -8,6 +8,10 @@ import torch
 from compress.losses import direction_loss, divergence_loss, magnitude_loss
 
 
+def mean_squared_norm(features):
+    return (features**2).sum(dim=1).mean()
+
+
 def test_direction_loss_of_a_known_pair():
     assert direction_loss(torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 4.0]])) == pytest.approx(1.0)
     assert direction_loss(torch.tensor([[3.0, 0.0]]), torch.tensor([[-2.0, 0.0]])) == pytest.approx(2.0)
@@ -15,39 +19,40 @@ def test_direction_loss_of_a_known_pair():
 
 def test_magnitude_loss_of_a_known_pair():
     student, teacher = torch.tensor([[3.0, 0.0], [0.0, 0.0]]), torch.tensor([[0.0, 4.0], [0.0, 2.0]])
-    assert magnitude_loss(student, teacher, scale="none") == pytest.approx((25 + 4) / 2)
-    assert magnitude_loss(student, teacher, scale="hidden") == pytest.approx((25 + 4) / (16 + 4))
+    assert magnitude_loss(student, teacher) == pytest.approx((25 + 4) / 2)
+    assert magnitude_loss(student, teacher, norm=mean_squared_norm(teacher)) == pytest.approx((25 + 4) / (16 + 4))
 
 
-@pytest.mark.parametrize("scale", ["hidden", "none"])
-def test_equal_features_cost_nothing(scale):
+@pytest.mark.parametrize("squared", [True, False])
+def test_equal_features_cost_nothing(squared):
     features = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
     assert direction_loss(features, features) == pytest.approx(0.0, abs=1e-6)
-    assert magnitude_loss(features, features, scale=scale) == 0.0
+    assert magnitude_loss(features, features, squared=squared) == 0.0
 
 
 def test_the_direction_term_ignores_length_and_the_magnitude_term_does_not():
     features = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
     assert direction_loss(2 * features, features) == pytest.approx(0.0, abs=1e-6)
-    assert magnitude_loss(2 * features, features, scale="hidden") == pytest.approx(1.0)
+    assert magnitude_loss(2 * features, features, norm=mean_squared_norm(features)) == pytest.approx(1.0)
 
 
 def test_the_scaled_magnitude_does_not_depend_on_the_decoders_scale():
     generator = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(2, 6, 8, generator=generator)
-    small, large = (magnitude_loss(student * s, teacher * s, scale="hidden") for s in (1.0, 300.0))
+    small, large = (magnitude_loss(student * s, teacher * s, norm=mean_squared_norm(teacher * s)) for s in (1.0, 300.0))
     assert small == pytest.approx(float(large), rel=1e-5)
 
 
 def test_the_plain_distance_of_a_known_pair():
     student, teacher = torch.tensor([[3.0, 0.0], [0.0, 0.0]]), torch.tensor([[0.0, 4.0], [0.0, 2.0]])
-    assert magnitude_loss(student, teacher, scale="none", squared=False) == pytest.approx((5 + 2) / 2)
-    assert magnitude_loss(student, teacher, scale="hidden", squared=False) == pytest.approx(3.5 / 10**0.5)
+    assert magnitude_loss(student, teacher, squared=False) == pytest.approx((5 + 2) / 2)
+    scaled = magnitude_loss(student, teacher, norm=mean_squared_norm(teacher), squared=False)
+    assert scaled == pytest.approx(3.5 / 10**0.5)
 
 
 def test_the_plain_distance_of_equal_features_is_zero_and_so_is_its_slope():
     student = torch.ones(3, 4, requires_grad=True)
-    loss = magnitude_loss(student, torch.ones(3, 4), scale="hidden", squared=False)
+    loss = magnitude_loss(student, torch.ones(3, 4), squared=False)
     loss.backward()
     assert loss == 0
     assert (student.grad == 0).all()
@@ -62,8 +67,8 @@ def test_divergence_of_a_known_pair():
 
 LOSSES = {
     "direction": direction_loss,
-    "magnitude": lambda s, t: magnitude_loss(s, t, scale="hidden"),
-    "plain magnitude": lambda s, t: magnitude_loss(s, t, scale="none", squared=False),
+    "magnitude": magnitude_loss,
+    "plain magnitude": lambda s, t: magnitude_loss(s, t, squared=False),
     "divergence": divergence_loss,
 }
 
