@@ -54,7 +54,7 @@ def _require_shape(teacher: ForeignTeacher, name: str, shape: tuple[int, ...], b
 
 def _require_same_norms(teacher: ForeignTeacher, base: Mapping[str, Tensor], backbone: Mapping[str, Tensor]) -> None:
     """Norms lie beside 8-bit weights, as frozen: other norms are another backbone's, or other layers'."""
-    absent = {_layer(name) for name in backbone} - {_layer(name) for name in base if "norm" not in name}
+    absent = {_layer(name) for name in backbone} - {_layer(name) for name in base if name.endswith("_proj.weight")}
     for name, value in base.items():
         if _layer(name) not in absent or name == "norm.weight" or "norm" not in name:
             continue
