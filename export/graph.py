@@ -10,7 +10,7 @@ from export.layers import RmsNorm, ServingLayer
 from slmrec.config import ExportConfig
 from slmrec.errors import ConfigError
 from slmrec.models.decoder import DecoderModel
-from slmrec.models.prompt import item_positions, suffix_positions
+from slmrec.models.prompt import attended_items, item_positions, suffix_positions
 
 BLOCK = 128
 """Items in a block of the block-max top-K."""
@@ -113,13 +113,12 @@ class ServingGraph(nn.Module):
         layout, batch = self.layout, item_ids.shape[0]
         hidden = torch.cat([self.item_inputs[item_ids], self.suffix.expand(batch, -1, -1)], dim=1)
         positions = torch.cat([item_positions(item_ids, layout), suffix_positions(item_ids, layout)], dim=1)
-        real = torch.cat(
-            [item_ids != 0, torch.ones_like(positions[:, : layout.suffix_length], dtype=torch.bool)], dim=1
-        )
+        response = torch.ones_like(positions[:, : layout.suffix_length], dtype=torch.bool)
         prefix = torch.arange(layout.prefix_length, device=item_ids.device).expand(batch, -1)
-        queries = layout.prefix_length + real.long().cumsum(dim=1) - 1
+        queries = layout.prefix_length + torch.cat([item_ids != 0, response], dim=1).long().cumsum(dim=1) - 1
         keys = torch.cat([prefix, queries], dim=1)
-        valid = torch.cat([torch.ones_like(prefix, dtype=torch.bool), real], dim=1)
+        attended = attended_items(item_ids, layout)
+        valid = torch.cat([torch.ones_like(prefix, dtype=torch.bool), attended, response], dim=1)
         rotation = (self.cos[positions], self.sin[positions])
         for number, layer in enumerate(self.layers):
             asking = queries[:, -1:] if layer.newest_only else queries

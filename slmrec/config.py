@@ -209,6 +209,40 @@ class OnlineConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImportConfig:
+    """How a teacher that another program trained is read; what its files do not say."""
+
+    backbone: str
+    """The pretrained decoder it was trained on, as in `TeacherConfig`: the prompt's tokens, and 8-bit base weights."""
+    num_layers: int | None = None
+    """First layers that are kept; None = all the teacher has."""
+    part: str = "teacher"
+    """teacher or student, of an online distillation run, whose file holds both."""
+    lora_alpha: float | None = None
+    """None = what adapter_config.json says, else 16."""
+    prompt: str = "slmrec"
+    positions: str | None = None
+    """compact or padded; None = as its code does (SLMRec padded, else compact)."""
+    window: WindowConfig | None = None
+    """None = its code's newest items (SLMRec 30, else 50)."""
+    table_file: str | None = None
+    """Item table (.npy, .safetensors, .pkl); None = the one in the folder."""
+    items_file: str | None = None
+    """Columns row and item_id (csv, parquet, jsonl); None = rows in the order of the items."""
+
+    def __post_init__(self) -> None:
+        _require_least(self, num_layers=1)
+        _require_choice("part", self.part, ("teacher", "student"))
+        _require(
+            self.lora_alpha is None or self.lora_alpha > 0,
+            f"lora_alpha={self.lora_alpha} is not above 0",
+            "--lora-alpha 16",
+        )
+        _require_choice("prompt", self.prompt, ("slmrec", "prefix", "none"))
+        _require_choice("positions", self.positions or "compact", ("compact", "padded"))
+
+
+@dataclass(frozen=True, kw_only=True)
 class DistillConfig:
     """How a student is distilled from its teacher (SLMRec, arXiv:2405.17890, eq. 6)."""
 

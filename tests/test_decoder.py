@@ -8,7 +8,7 @@ import torch
 from compress.blocks import state_index
 from slmrec.errors import ConfigError
 from slmrec.models.decoder import FAMILIES, DecoderModel, decoder_settings
-from slmrec.models.prompt import Layout, item_positions, suffix_positions
+from slmrec.models.prompt import Layout, attended_items, item_positions, suffix_positions
 
 HISTORIES = torch.tensor([[0, 0, 0, 3, 4, 5], [6, 1, 2, 3, 4, 5]])
 PROMPTS = ("none", "prefix", "slmrec")
@@ -93,6 +93,25 @@ def test_compact_scores_do_not_depend_on_padding(tiny_model, prompt):
     model = tiny_model(prompt=prompt).eval()
     narrow, wide = torch.tensor([[7, 8]]), torch.tensor([[0, 0, 0, 7, 8]])
     torch.testing.assert_close(model.score(narrow), model.score(wide), atol=2e-5, rtol=1e-5)
+
+
+def test_a_masked_item_is_seen_only_where_users_are_read_at_it():
+    ids, masked = torch.tensor([[0, 5, 7, 5], [5, 5, 0, 7]]), (5,)
+    with_suffix, without = Layout(4, 2, 10, "compact", masked), Layout(4, 0, 10, "compact", masked)
+    assert attended_items(ids, with_suffix).int().tolist() == [[0, 0, 1, 0], [0, 0, 0, 1]]
+    assert attended_items(ids, without).int().tolist() == [[0, 0, 1, 1], [0, 0, 0, 1]]
+    assert suffix_positions(ids, with_suffix).tolist() == [[5, 6], [5, 6]]
+
+
+@pytest.mark.parametrize("positions", ["compact", "padded"])
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_a_history_of_masked_items_alone_gives_finite_scores_whatever_their_number(tiny_model, prompt, positions):
+    plain = tiny_model(prompt=prompt, positions=positions)
+    model = DecoderModel(dataclasses.replace(plain.spec, masked_ids=(5,))).eval()
+    model.load_state_dict(plain.state_dict())
+    several, one = model.score(torch.tensor([[5, 5, 5], [0, 0, 5]]))
+    assert torch.isfinite(several).all()
+    torch.testing.assert_close(several, one, atol=2e-5, rtol=1e-5)
 
 
 def test_a_decoder_of_another_family_and_too_many_layers_are_refused():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from slmrec.cli import artifacts, bench, build, data, demo, doctor, train
+from slmrec.cli import artifacts, bench, build, data, demo, doctor, importing, train
 from slmrec.errors import ConfigError, SlmrecError
 
 MACHINE_FAULTS = {
@@ -40,9 +40,9 @@ def main(runs: Path | None) -> None:
 
 
 for command in (
-    demo.demo, doctor.doctor, data.data, train.train_items, train.train_teacher, build.distill, build.prune,
-    build.quantize, artifacts.export, artifacts.bundle, artifacts.verify, artifacts.recommend, bench.evaluate,
-    bench.benchmark,
+    demo.demo, doctor.doctor, data.data, train.train_items, train.train_teacher, importing.import_teacher,
+    build.distill, build.prune, build.quantize, artifacts.export, artifacts.bundle, artifacts.verify,
+    artifacts.recommend, bench.evaluate, bench.benchmark,
 ):  # fmt: skip
     main.add_command(command)
 

@@ -95,4 +95,5 @@ def _from_json(config: Mapping[str, Any]) -> Sasrec | DecoderModel:
         return Sasrec(SasrecConfig(**settings), config["num_items"])
     spec = dict(config["spec"])
     spec["recipe"] = RecipeConfig(**spec["recipe"])
+    spec["masked_ids"] = tuple(spec.get("masked_ids", ()))  # written since teachers can be imported
     return DecoderModel(DecoderSpec(**spec))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from slmrec.config import RecipeConfig
 from slmrec.errors import ConfigError
-from slmrec.models.prompt import Layout, item_positions, suffix_positions
+from slmrec.models.prompt import Layout, attended_items, item_positions, suffix_positions
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -32,6 +32,8 @@ class DecoderSpec:
     share_prefix: bool = True
     title_size: int | None = None
     """Width of a title vector; None = the decoder's."""
+    masked_ids: tuple[int, ...] = ()
+    """Items that are masked in a history and can be recommended all the same; SLMRec's first one, its padding."""
 
     @property
     def title_width(self) -> int:
@@ -41,7 +43,7 @@ class DecoderSpec:
     @property
     def layout(self) -> Layout:
         """Where tokens stand."""
-        return Layout(self.prefix_length, self.suffix_length, self.max_history, self.recipe.positions)
+        return Layout(self.prefix_length, self.suffix_length, self.max_history, self.recipe.positions, self.masked_ids)
 
 
 def decoder_settings(config: Any, num_layers: int) -> dict[str, Any]:
@@ -134,7 +136,8 @@ class DecoderModel(nn.Module):
         batch, layout = len(item_ids), self.spec.layout
         vectors = torch.cat([self.dropout(self.item_inputs(item_ids)), self.suffix.expand(batch, -1, -1)], dim=1)
         positions = torch.cat([item_positions(item_ids, layout), suffix_positions(item_ids, layout)], dim=1)
-        real = torch.cat([item_ids != 0, item_ids.new_ones(batch, layout.suffix_length, dtype=torch.bool)], dim=1)
+        attended = attended_items(item_ids, layout)
+        real = torch.cat([attended, attended.new_ones(batch, layout.suffix_length)], dim=1)
         cache = self._shared_prefix(batch) if layout.prefix_length and self.spec.share_prefix else None
         if layout.prefix_length:
             real = torch.cat([real.new_ones(batch, layout.prefix_length), real], dim=1)

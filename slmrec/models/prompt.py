@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from slmrec.errors import DataError
@@ -20,13 +20,15 @@ RESPONSE = "\n### Response:\n"
 
 @dataclass(frozen=True)
 class Layout:
-    """Lengths that place a token: prefix, the window of items, suffix; and the convention."""
+    """Lengths that place a token: prefix, the window of items, suffix; the convention; items that are not attended."""
 
     prefix_length: int
     suffix_length: int
     max_history: int
     positions: str
     """compact or padded."""
+    masked_ids: tuple[int, ...] = ()
+    """Items of a history that are masked as padding is (SLMRec's first item), see `attended_items`."""
 
 
 def prompt_texts(prompt: str) -> tuple[str, str]:
@@ -71,16 +73,31 @@ def load_tokenizer(backbone: Path) -> Any:
         ) from None
 
 
-def item_positions(item_ids: Int64[Tensor, "batch history"], layout: Layout) -> Int64[Tensor, "batch history"]:
-    """Position of every item; pads get the position of the first item, and are masked.
+def attended_items(item_ids: Int64[Tensor, "batch history"], layout: Layout) -> Bool[Tensor, "batch history"]:
+    """Which items other tokens may see: no padding and no masked id.
 
-    compact counts real tokens. padded puts item j at prefix + (max_history - length) + j whatever the width.
+    Without a suffix users are read at the newest item, which is then attended whatever it is; with one, a history of
+    masked ids alone gives what the instruction and the response say.
+    """
+    attended = item_ids != 0
+    for item in layout.masked_ids:
+        attended = attended & (item_ids != item)
+    if layout.masked_ids and not layout.suffix_length:
+        attended = torch.cat([attended[:, :-1], item_ids[:, -1:] != 0], dim=1)
+    return attended
+
+
+def item_positions(item_ids: Int64[Tensor, "batch history"], layout: Layout) -> Int64[Tensor, "batch history"]:
+    """Position of every item; pads and masked items get some position, and are not seen there.
+
+    compact counts attended items. padded puts item j at prefix + (max_history - length) + j whatever the width; a
+    masked item keeps its place.
     """
     width = item_ids.shape[1]
     if layout.positions == "padded":
         columns = torch.arange(width, device=item_ids.device) + layout.prefix_length + layout.max_history - width
         return columns + torch.zeros_like(item_ids)
-    return layout.prefix_length + ((item_ids != 0).cumsum(dim=1) - 1).clamp(min=0)
+    return layout.prefix_length + (attended_items(item_ids, layout).cumsum(dim=1) - 1).clamp(min=0)
 
 
 def suffix_positions(item_ids: Int64[Tensor, "batch history"], layout: Layout) -> Int64[Tensor, "batch suffix"]:
@@ -88,4 +105,4 @@ def suffix_positions(item_ids: Int64[Tensor, "batch history"], layout: Layout) -
     offsets = torch.arange(layout.suffix_length, device=item_ids.device)
     if layout.positions == "padded":
         return layout.prefix_length + layout.max_history + offsets + torch.zeros_like(item_ids[:, :1])
-    return layout.prefix_length + (item_ids != 0).sum(dim=1, keepdim=True) + offsets
+    return layout.prefix_length + attended_items(item_ids, layout).sum(dim=1, keepdim=True) + offsets

@@ -1,0 +1,1 @@
+"""Reading what other programs wrote: pickles, tensor files, folders of trained recommenders, item tables."""
