@@ -45,6 +45,7 @@ def recommend_file(recommender: Recommender, items: Catalogue, source: Path, tar
         raise DataError(f"the answers would replace the requests in {source}", remedy="another --output file")
     if not source.is_file():
         raise DataError(f"{source} is not a file", remedy='lines such as {"user": "1", "history": ["50", "172"]}')
+    target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial")
     done = 0
     try:
@@ -98,7 +99,7 @@ def _chunks(requests: Iterator[Request]) -> Iterator[list[Request]]:
 
 def _read(source: Path) -> Iterator[Request]:
     if source.suffix == ".jsonl":
-        with source.open(encoding="utf-8") as lines:
+        with source.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
                 try:
                     yield _request(json.loads(line), number, source)
@@ -111,7 +112,7 @@ def _read(source: Path) -> Iterator[Request]:
                 number += 1
                 yield _request(record, number, source)
     else:
-        with source.open(encoding="utf-8", newline="") as lines:
+        with source.open(encoding="utf-8-sig", newline="") as lines:
             for number, record in enumerate(csv.DictReader(lines), 2):
                 yield _request(record, number, source)
 

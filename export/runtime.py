@@ -119,6 +119,11 @@ def _session(graph: Path, provider: str, threads: int) -> Any:
         from onnxruntime.capi import onnxruntime_pybind11_state as state
     except ImportError:
         raise ConfigError("ONNX Runtime is not installed", remedy="pip install 'slmcompress[cpu]' (or [gpu])") from None
+    if provider not in ort.get_available_providers():
+        raise ConfigError(
+            f"{provider} was asked for; this ONNX Runtime has {', '.join(ort.get_available_providers())}",
+            remedy="--device cpu, or pip install 'slmcompress[gpu]' (see slmcompress doctor)",
+        )
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3

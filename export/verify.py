@@ -56,6 +56,7 @@ def verify(path: Path) -> Verified:
         CheckError: the bundle is not what was made, or does not answer as it did.
         ArtifactError: it is no bundle.
     """
+    path = path.resolve()  # a link to a bundle, such as "current", is how bundles are deployed
     if not (path / SUMS_FILE).is_file():
         raise ArtifactError(f"{path} has no {SUMS_FILE}, so it is no bundle", remedy="slmcompress bundle")
     _require_plain_files(path)
@@ -89,8 +90,13 @@ def _require_sums(path: Path) -> int:
         raise _failed(f"{SUMS_FILE} is not ASCII") from None
     if recorded != expected:
         ours, theirs = set(expected.splitlines()), set(recorded.splitlines())
-        names = sorted({line[66:] for line in ours ^ theirs}) or [SUMS_FILE]
-        raise _failed(f"{', '.join(names[:3])} is not as {SUMS_FILE} says")
+        here, listed = ({line[66:] for line in lines} for lines in (ours, theirs))
+        name = next(iter(sorted({line[66:] for line in ours ^ theirs} - {""})), SUMS_FILE)
+        if name in here and name not in listed and name != SUMS_FILE:
+            raise _failed(f"{name} is not listed in {SUMS_FILE}")
+        if name in listed and name not in here and name != SUMS_FILE:
+            raise _failed(f"{name} is missing")
+        raise _failed(f"{name} is not as {SUMS_FILE} says")
     return len(expected.splitlines()) + 1
 
 

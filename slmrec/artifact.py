@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from slmrec.errors import ArtifactError
+from slmrec.locks import claim, release
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
@@ -99,13 +100,16 @@ def is_up_to_date(output: Path, stage: Stage, *, force: bool) -> bool:
     if not output.exists():
         return False
     _require_ours(output)
+    if not any(output.iterdir()):
+        return False
     manifest = read_manifest(output)
+    _require_replaceable(output, manifest, stage)
     if manifest.get("key") == stage.key and not force:
         open_artifact(output)
         return True
     if not force:
         raise ArtifactError(
-            f"{output} holds a {manifest['stage']} made with other settings or inputs",
+            f"{output} was made by {manifest['stage']} with other settings or inputs",
             remedy=f"--force to replace it, or another --output ({_changed_settings(manifest, stage)})",
         )
     return False
@@ -117,10 +121,10 @@ def publish(output: Path, stage: Stage, finish: Callable[[Path], None] | None = 
 
     `finish` may add files that have to know the manifest, and which it therefore does not list.
     """
+    claim(output)
     _restore_interrupted(output)
     if output.exists():
         _require_ours(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -130,9 +134,11 @@ def publish(output: Path, stage: Stage, finish: Callable[[Path], None] | None = 
         if finish is not None:
             finish(partial)
         for path in [*partial.rglob("*"), partial]:
+            _share(path)
             _sync(path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        release(output)
         raise
     replaced = _replaced(output)
     if output.exists():
@@ -140,10 +146,16 @@ def publish(output: Path, stage: Stage, finish: Callable[[Path], None] | None = 
     partial.rename(output)
     _sync(output.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+    release(output)
 
 
 def work_folder(output: Path) -> Path:
-    """Where a long stage keeps what it needs to be resumed; removed when the stage is done."""
+    """Where a long stage keeps what it needs to be resumed; removed when the stage is done.
+
+    Raises:
+        ArtifactError: another run is at work there.
+    """
+    claim(output)
     folder = output.with_name(f".{output.name}.work")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -208,7 +220,7 @@ def require_fresh(artifact: Artifact) -> None:
         if manifest["hash"] != entry["hash"]:
             raise ArtifactError(
                 f"{artifact.path} is stale: {parent_path} has changed since {artifact.path} was made from it",
-                remedy=f"make {artifact.path} again (slmcompress {artifact.stage} --force)",
+                remedy=f"make {artifact.path} again (slmcompress {artifact.stage} --force, with its settings)",
             )
         require_fresh(Artifact(parent_path, manifest))
 
@@ -279,9 +291,8 @@ def _lineage(stage: Stage) -> list[dict[str, Any]]:
 
 def _changed_settings(manifest: Mapping[str, Any], stage: Stage) -> str:
     old, new = _flat(manifest["settings"]), _flat(json.loads(json.dumps(dict(stage.settings), default=str)))
-    changed = [
-        f"{name}: {old.get(name)} -> {new.get(name)}" for name in sorted({*old, *new}) if old.get(name) != new.get(name)
-    ]
+    names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+    changed = [f"{name}: {str(old.get(name))[:40]} -> {str(new.get(name))[:40]}" for name in names]
     return "; ".join(changed[:5]) if changed else "its inputs changed"
 
 
@@ -300,6 +311,37 @@ def _require_ours(output: Path) -> None:
             f"{output} exists and was not made by slmcompress; it is left as it is",
             remedy="another --output, or move it away yourself",
         )
+
+
+def _require_replaceable(output: Path, manifest: Mapping[str, Any], stage: Stage) -> None:
+    """Refuse, with --force too, to put an artefact in the place of another kind or of what it is made from."""
+    if manifest["kind"] != stage.kind:
+        raise ArtifactError(
+            f"{output} holds a {manifest['kind']} (made by {manifest['stage']}), which a {stage.kind} cannot replace",
+            remedy="another --output, or move it away yourself",
+        )
+    for name, parent in stage.parents.items():
+        if output.resolve() in {path.resolve() for path in _ancestry(parent)}:
+            raise ArtifactError(
+                f"{output} is what the new {stage.kind} would be made from ({name})", remedy="another --output"
+            )
+
+
+def _ancestry(artifact: Artifact) -> Iterator[Path]:
+    """Where an artefact and all its ancestors lie, or lay."""
+    yield artifact.path
+    for entry in artifact.manifest["parents"].values():
+        path = Path(os.path.normpath(artifact.path / entry["path"]))
+        if (path / MANIFEST).is_file():
+            yield from _ancestry(Artifact(path, read_manifest(path)))
+
+
+def _share(path: Path) -> None:
+    """Give a file the mode that any new file has; some libraries write for the owner alone."""
+    if path.is_file():
+        mask = os.umask(0)
+        os.umask(mask)
+        path.chmod(0o666 & ~mask)
 
 
 def _replaced(output: Path) -> Path:

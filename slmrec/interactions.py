@@ -80,7 +80,16 @@ def prepare_dataset(
     for file in files:
         if not file.is_file():
             raise DataError(f"{file} is not a file", remedy="a log file, or the named source ml-100k")
+    formats = {detect_format(file) for file in files} if config.format == "auto" else {config.format}
+    if len(formats) > 1 and "sequences" in formats:
+        raise DataError(
+            f"sequences have places instead of times, {' and '.join(sorted(formats - {'sequences'}))} files have times: "
+            "they cannot be put in one order",
+            remedy="files of sequences alone, or of interactions alone",
+        )
     items_file = Path(config.items_file) if config.items_file else find_item_file(files)
+    if items_file is not None and not items_file.is_file():
+        raise DataError(f"{items_file} is not a file", remedy="--items-file FILE with columns item_id and title")
     inputs = {file.name: file_sha256(file) for file in [*files, *([items_file] if items_file else [])]}
     stage = Stage(name="data", kind="dataset", settings=settings_of(config) | {"inputs": inputs})
     if is_up_to_date(output, stage, force=force):
@@ -99,7 +108,8 @@ def prepare_dataset(
         "bad_rows_shown": bad.shown,
         "num_duplicates": num_duplicates,
         "num_filtered": len(kept) - len(cored),
-        "format": config.format if config.format != "auto" else detect_format(files[0]),
+        "format": ", ".join(sorted(formats)),
+        "items_file": None if items_file is None else items_file.name,
         "sources": inputs,
     }
     final = renumber(cored)
@@ -195,7 +205,7 @@ def _write(
     if not found["num_evaluable_users"]:
         raise DataError(
             f"none of {found['num_users']} users has {MIN_EVALUABLE} interactions, so no user can be evaluated",
-            remedy="data with longer sequences, or a smaller --min-events",
+            remedy="data with longer sequences, or a smaller --min-events where that was set",
         )
     frame = pl.DataFrame(
         {

@@ -97,5 +97,5 @@ def check_top_k(k: int, max_top_k: int) -> None:
     if not 1 <= k <= max_top_k:
         raise ConfigError(
             f"k={k} was asked for; this artefact answers 1 to {max_top_k}",
-            remedy=f"-k {max_top_k}, or export again with a larger --top-k (at most 3840)",
+            remedy="-k 10" if k < 1 else f"-k {max_top_k}, or export again with a larger --top-k (at most 3840)",
         )

@@ -25,7 +25,9 @@ def write_backbone(folder: Path, *, seed: int = 0, num_layers: int = 4) -> Path:
     """Write a tiny LLaMA with random weights as a Hugging Face folder (0.5 MB, no tokenizer)."""
     import torch
     from transformers import LlamaConfig, LlamaModel
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     torch.manual_seed(seed)
     config = LlamaConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=num_layers, num_attention_heads=4,

@@ -1,6 +1,7 @@
 """train-teacher: the first layers of a pretrained decoder as a recommender (E4SRec, arXiv:2312.02443)."""
 
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -196,4 +197,6 @@ def _with_lora(decoder: Any) -> Any:
     from peft import LoraConfig, get_peft_model
 
     lora = LoraConfig(r=16, lora_alpha=16, lora_dropout=0.05, target_modules=["gate_proj", "up_proj", "down_proj"])
-    return get_peft_model(decoder, lora)
+    with warnings.catch_warnings():  # PEFT asks transformers for a name that it is about to lose
+        warnings.simplefilter("ignore", FutureWarning)
+        return get_peft_model(decoder, lora)

@@ -85,6 +85,32 @@ def test_a_folder_that_is_not_ours_is_left_alone_even_with_force(tmp_path):
     assert (tmp_path / "photos" / "cat.jpg").read_bytes() == b"meow"
 
 
+def test_an_existing_empty_folder_is_taken(tmp_path):
+    (tmp_path / "made").mkdir()
+    assert not is_up_to_date(tmp_path / "made", PLAN, force=False)
+    make(tmp_path / "made")
+    assert names(tmp_path) == ["made"]
+
+
+def test_force_never_replaces_what_the_artefact_is_made_from_nor_another_kind(tmp_path):
+    parent = make(tmp_path / "parent")
+    child = make(tmp_path / "child", stage=Stage(name="child", kind="checkpoint", settings={}, parents={"p": parent}))
+    again = Stage(name="grandchild", kind="checkpoint", settings={}, parents={"c": child})
+    for output in ("parent", "child", "child/../parent"):
+        with pytest.raises(ArtifactError, match="would be made from"):
+            is_up_to_date(tmp_path / output, again, force=True)
+    bundle = Stage(name="bundle", kind="bundle", settings={}, parents={})
+    with pytest.raises(ArtifactError, match=r"holds a checkpoint \(made by make\), which a bundle cannot replace"):
+        is_up_to_date(tmp_path / "parent", bundle, force=True)
+
+
+def test_every_file_has_the_mode_of_a_new_file(tmp_path):
+    with publish(tmp_path / "made", PLAN) as folder:
+        (folder / "secret").touch(mode=0o600)
+        (folder / "plain").touch()
+    assert (tmp_path / "made" / "secret").stat().st_mode == (tmp_path / "made" / "plain").stat().st_mode
+
+
 def test_a_changed_ancestor_makes_every_descendant_stale(tmp_path):
     parent = make(tmp_path / "parent")
     child = make(tmp_path / "child", stage=Stage(name="child", kind="checkpoint", settings={}, parents={"p": parent}))

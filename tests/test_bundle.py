@@ -12,11 +12,12 @@ import pytest
 from export.bundle import bundle
 from export.onnx_export import export_checkpoint
 from export.parity import ParityRule, compare
+from export.runtime import OnnxRecommender
 from export.verify import verify
 from slmrec.artifact import Stage, open_artifact, publish
 from slmrec.config import DataConfig, ExportConfig
 from slmrec.dataset import load_dataset
-from slmrec.errors import ArtifactError, CheckError
+from slmrec.errors import ArtifactError, CheckError, ConfigError
 from slmrec.interactions import prepare_dataset
 from slmrec.models.checkpoint import save_checkpoint
 from slmrec.recommender import TopK
@@ -108,6 +109,26 @@ def test_answers_that_differ_fail_even_when_all_sums_are_right(made, tmp_path):
     write_sums(copy)
     with pytest.raises(CheckError, match="do not answer alike"):
         verify(copy)
+
+
+def test_what_is_wrong_is_said(copy):
+    (copy / "new.txt").touch()
+    with pytest.raises(CheckError, match=r"new\.txt is not listed"):
+        verify(copy)
+    (copy / "new.txt").unlink()
+    (copy / "README.md").rename(copy.parent / "README.md")
+    with pytest.raises(CheckError, match=r"README\.md is missing"):
+        verify(copy)
+
+
+def test_a_link_to_a_bundle_is_that_bundle(copy):
+    (copy.parent / "current").symlink_to(copy.name)
+    assert verify(copy.parent / "current").num_files == len(files(copy))
+
+
+def test_a_provider_that_is_not_there_is_refused(made):
+    with pytest.raises(ConfigError, match="NoSuchProvider was asked for; this ONNX Runtime has"):
+        OnnxRecommender(made, provider="NoSuchProvider")
 
 
 def test_a_folder_that_is_no_bundle_is_refused(tmp_path):

@@ -1,5 +1,6 @@
 """The console script: quick help, exit codes, and messages instead of tracebacks."""
 
+import os
 import subprocess
 import sys
 
@@ -32,6 +33,29 @@ def test_every_command_of_the_contract_has_help(command):
     result = slmcompress(command, "--help")
     assert result.returncode == 0, result.stderr
     assert "Usage" in result.stdout
+
+
+def test_the_stages_stand_in_the_help_as_they_are_typed():
+    assert "      slmcompress data ml-100k      slmcompress distill\n" in slmcompress("--help").stdout
+
+
+@pytest.mark.parametrize("runs", [["--runs", "here"], ["demo", "--runs", "here"], ["SLMCOMPRESS_RUNS=here"]])
+def test_the_demo_works_below_the_folder_that_was_asked_for(tmp_path, runs):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "data").write_text("in the way")
+    env = {**os.environ, "SLMCOMPRESS_RUNS": "here"} if "=" in runs[0] else None
+    arguments = [a for a in runs if "=" not in a and a != "demo"]
+    before, after = ([], arguments) if "demo" in runs else (arguments, [])
+    result = slmcompress(*before, "demo", "--synthetic", *after, cwd=tmp_path, env=env)
+    assert result.returncode != 0
+    assert "here/data" in result.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_output_of_dot_is_the_folder_one_stands_in(tmp_path):
+    (tmp_path / "a.csv").write_text("user,item,timestamp\n" + "".join(f"u,{n},{n}\n" for n in range(4)))
+    result = slmcompress("data", "a.csv", "-o", ".", cwd=tmp_path)
+    assert (result.returncode, "was not made by slmcompress" in result.stderr) == (2, True)
 
 
 def test_an_error_is_a_message_a_remedy_and_exit_code_2(tmp_path):

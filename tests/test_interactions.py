@@ -82,20 +82,27 @@ def test_titles_are_kept_where_they_are_known(tmp_path):
     assert items.categories == [None, "Sci-Fi", None]
 
 
+LOGS = {
+    "log.inter": "user_id:token\titem_id:token\ttimestamp:float\na\t1\t1\na\t2\t2\na\t3\t3\n",
+    "u.data": "".join(f"1\t{n}\t5\t97830076{n}\n" for n in (1, 2, 3)),
+    "ratings.dat": "".join(f"1::{n}::5::97830076{n}\n" for n in (1, 2, 3)),
+    "sequences.txt": "1 1 2 3\n",
+}
+
+
 @pytest.mark.parametrize(
-    ("name", "text", "titles"),
+    ("log", "name", "text", "titles"),
     [
-        ("u.item", "1|Toy Story (1995)|d||u|0|0|0|1|1\n", ("Toy Story (1995)", "Animation Children's")),
-        ("movies.dat", "1::Toy Story (1995)::Animation|Comedy\n", ("Toy Story (1995)", "Animation Comedy")),
-        ("log.item", "item_id:token\tmovie_title:token_seq\tclass:token_seq\n1\tToy Story\tComedy\n",
+        ("u.data", "u.item", "1|Toy Story (1995)|d||u|0|0|0|1|1\n", ("Toy Story (1995)", "Animation Children's")),
+        ("ratings.dat", "movies.dat", "1::Toy Story (1995)::Animation|Comedy\n", ("Toy Story (1995)", "Animation Comedy")),
+        ("log.inter", "log.item", "item_id:token\tmovie_title:token_seq\tclass:token_seq\n1\tToy Story\tComedy\n",
          ("Toy Story", "Comedy")),
-        ("titles.tsv", "1\tToy Story\tComedy\n", ("Toy Story", "Comedy")),
+        ("sequences.txt", "titles.tsv", "1\tToy Story\tComedy\n", ("Toy Story", "Comedy")),
     ],
 )  # fmt: skip
-def test_a_table_of_titles_beside_the_log_is_found(tmp_path, name, text, titles):
+def test_the_table_of_titles_published_with_a_log_is_found_beside_it(tmp_path, log, name, text, titles):
     write(tmp_path, text, name)
-    log = write(tmp_path, "user_id:token\titem_id:token\ttimestamp:float\na\t1\t1\na\t2\t2\na\t3\t3\n", "log.inter")
-    prepare_dataset([log], tmp_path / "data", DataConfig())
+    prepare_dataset([write(tmp_path, LOGS[log], log)], tmp_path / "data", DataConfig())
     items = load_dataset(tmp_path / "data").items
     assert (items.titles[0], items.categories[0]) == titles
 
@@ -126,3 +133,25 @@ def test_several_logs_are_one(tmp_path):
     second = write(tmp_path, "a\t3\t5\t978300760\n", "u.data")
     prepare_dataset([first, second], tmp_path / "data", DataConfig())
     assert [row.tolist() for row in load_dataset(tmp_path / "data").sequences] == [[1, 2, 3]]
+
+
+def test_a_table_of_titles_of_another_data_set_is_not_taken(tmp_path):
+    write(tmp_path, "1::Toy Story (1995)::Comedy\n", "movies.dat")
+    log = write(tmp_path, "user,item,timestamp\n" + "".join(f"u,{n},{n}\n" for n in range(4)))
+    prepare_dataset([log], tmp_path / "data", DataConfig())
+    assert not load_dataset(tmp_path / "data").items.has_titles
+    with pytest.raises(DataError, match=r"nope\.csv is not a file"):
+        prepare_dataset([log], tmp_path / "other", DataConfig(items_file=str(tmp_path / "nope.csv")))
+
+
+def test_times_that_floats_cannot_tell_apart_are_refused(tmp_path):
+    log = write(tmp_path, "user,item,timestamp\n" + "".join(f"u,{n},{10**18 - n}\n" for n in range(4)))
+    with pytest.raises(DataError, match=r"timestamp 10{18}; above 2\^53"):
+        prepare_dataset([log], tmp_path / "data", DataConfig())
+
+
+def test_files_whose_times_cannot_be_compared_are_refused(tmp_path):
+    log = write(tmp_path, "user,item,timestamp\n" + "".join(f"u,{n},{n}\n" for n in range(4)))
+    sequences = write(tmp_path, "v 1 2 3\n", "s.txt")
+    with pytest.raises(DataError, match="places instead of times, csv files have times"):
+        prepare_dataset([sequences, log], tmp_path / "data", DataConfig())

@@ -101,6 +101,13 @@ def test_a_bad_request_is_named_and_no_answer_is_written(tmp_path, name, content
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
+@pytest.mark.parametrize("name", ["in.jsonl", "in.csv"])
+def test_a_byte_order_mark_and_a_new_folder_are_no_trouble(tmp_path, name):
+    source = write(tmp_path / name, REQUESTS[:1])
+    source.write_bytes(b"\xef\xbb\xbf" + source.read_bytes())
+    assert recommend_file(Successor(), ITEMS, source, tmp_path / "new" / "out.jsonl", 1) == 1
+
+
 def test_answers_never_replace_their_requests(tmp_path):
     source = write(tmp_path / "in.jsonl", REQUESTS)
     before = source.read_bytes()

@@ -78,7 +78,8 @@ def bundle(
 def verify(path: Path | None, device: str, seed: int, as_json: bool, force: bool) -> None:
     """Check a bundle on the machine that will serve it: every byte, then the golden answers."""
     if path is None:
-        path = choose(None, "bundle", "slmcompress bundle", "bundle").path
+        path = runs_folder() / "bundle"
+        say(f"using {path}")
     from export.verify import verify as run
 
     verified = run(path)
@@ -122,6 +123,8 @@ def recommend(
     answer = recommender.recommend(Histories(Ragged.from_rows([seen]), Ragged.from_rows([excluded])), top_k)
     ids, scores = named_items(answer, 0, items)
     titles = [items.title_of(items.internal_ids[item_id]) for item_id in ids]
+    if not ids:
+        say("nothing is left to recommend: every item is in the history or excluded")
     lines = [
         f"{n:>3}  {item:<12} {score:8.3f}  {title}"
         for n, (item, score, title) in enumerate(zip(ids, scores, titles, strict=True), 1)

@@ -50,5 +50,7 @@ def data(
         f"malformed; {info['num_train_only_users']} users with fewer than 3 events are train only\n"
         f"{info['num_tied_targets']} of {info['num_evaluable_users']} users' last two events share a timestamp"
     )
+    if info["items_file"]:
+        text += f"\ntitles from {info['items_file']}"
     text += "".join(f"\nmalformed: {row}" for row in info["bad_rows_shown"])
     print_result(made(*result) | info, text, as_json=as_json)

@@ -63,9 +63,7 @@ class Demo:
 @click.option(
     "--runs",
     type=click.Path(path_type=Path),
-    default=Path("runs/demo"),
-    show_default=True,
-    help="Where everything goes.",
+    help="Where everything goes  [default: $SLMCOMPRESS_RUNS or runs/demo]",
 )
 @click.option(
     "--synthetic", is_flag=True, help="Generated data and a tiny random decoder: no download, under a minute."
@@ -73,12 +71,14 @@ class Demo:
 @click.option("--json", "as_json", is_flag=True, help="One JSON object alone on stdout; progress on stderr.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--force", is_flag=True, help="Make everything again.")
-def demo(runs: Path, synthetic: bool, as_json: bool, seed: int, force: bool) -> None:
+def demo(runs: Path | None, synthetic: bool, as_json: bool, seed: int, force: bool) -> None:
     """Everything on real input: ML-100K and SmolLM2-135M become a small, fast, verified recommender.
 
     A language model's first 8 layers are trained to recommend films, a student of 4 layers is distilled from them,
     made 8-bit, exported with its item head, measured, bundled and verified. About 100 MB are fetched on first use.
     """
+    given = click.get_current_context().find_root().params.get("runs")
+    runs = runs or given or Path(os.environ.get("SLMCOMPRESS_RUNS") or "runs/demo")
     os.environ["SLMCOMPRESS_RUNS"] = str(runs)
     run = Demo(runs, force)
     from slmrec.cli.demo_input import real_input, synthetic_input

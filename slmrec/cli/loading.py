@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 def resolve_output(output: Path | None, default: str) -> Path:
     """The folder an artefact is written to."""
-    return output if output is not None else runs_folder() / default
+    if output is None:
+        return runs_folder() / default
+    return output if output.name else output.resolve()
 
 
 def choose(path: Path | None, default: str, made_by: str, *kinds: str) -> Artifact:
@@ -56,7 +58,8 @@ def load_recommender(artifact: Artifact, device: str = "auto") -> "Recommender":
     if artifact.kind in ("graph", "bundle"):
         from export.runtime import OnnxRecommender
 
-        return OnnxRecommender(artifact.path)
+        provider = "CUDAExecutionProvider" if device == "cuda" else "CPUExecutionProvider"
+        return OnnxRecommender(artifact.path, provider=provider)
     raise ArtifactError(
         f"{artifact.path} is a {artifact.kind}, which recommends nothing",
         remedy="a checkpoint, graph or bundle (-m/--model)",

@@ -26,7 +26,7 @@ MACHINE_FAULTS = {
     help="Folder of default inputs and outputs  [default: $SLMCOMPRESS_RUNS or ./runs]",
 )
 def main(runs: Path | None) -> None:
-    r"""Distil, quantize and export an LLM recommender, and measure accuracy against latency.
+    """Distil, quantize and export an LLM recommender, and measure accuracy against latency.
 
     The stages work as typed, one after the other:
 
@@ -36,7 +36,7 @@ def main(runs: Path | None) -> None:
       slmcompress train-teacher     slmcompress export
 
     or all of them at once: slmcompress demo
-    """
+    """  # noqa: D301 - click takes the control character for "leave these lines as they are"
 
 
 for command in (
@@ -53,10 +53,10 @@ def run() -> None:
         _require_own_siblings()
         main(standalone_mode=False)
     except click.exceptions.Abort:
-        click.echo("interrupted; the same command resumes it", err=True)
+        click.echo("interrupted; nothing is lost, the same command goes on", err=True)
         sys.exit(130)
     except KeyboardInterrupt:
-        click.echo("interrupted; the same command resumes it", err=True)
+        click.echo("interrupted; nothing is lost, the same command goes on", err=True)
         sys.exit(130)
     except click.ClickException as error:
         error.show()

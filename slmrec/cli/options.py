@@ -44,7 +44,12 @@ def dry_run_option(command: Command) -> Command:
 
 def model_option(command: Command) -> Command:
     """-m/--model: the input artefact."""
-    return click.option("-m", "--model", type=click.Path(path_type=Path), help="Input artefact.")(command)
+    return click.option(
+        "-m",
+        "--model",
+        type=click.Path(path_type=Path),
+        help="Input artefact  [default: the usual one below RUNS, which is printed]",
+    )(command)
 
 
 def data_option(command: Command) -> Command:

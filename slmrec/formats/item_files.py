@@ -14,7 +14,8 @@ from slmrec.formats.rows import column_position
 Titles = dict[str, tuple[str | None, str | None]]
 """External item id -> title, categories."""
 
-KNOWN_NAMES = ("u.item", "movies.dat", "movies.csv", "titles.tsv")
+BESIDE = {"u.data": "u.item", "ratings.dat": "movies.dat", "ratings.csv": "movies.csv", "sequences.txt": "titles.tsv"}
+"""Name of a published log -> name of the table of titles published with it."""
 ID_NAMES = ("item_id", "item", "id", "movieid", "movie_id", "asin", "parent_asin", "itemid")
 TITLE_NAMES = ("title", "movie_title", "name", "product_title", "item_name")
 CATEGORY_NAMES = ("categories", "category", "class", "genres", "genre")
@@ -26,11 +27,12 @@ GENRES = (
 
 
 def find_item_file(files: Sequence[Path]) -> Path | None:
-    """A table of titles beside the first log: X.item beside X.inter, or one of MovieLens' own names."""
+    """The table of titles published with the first log, beside it: X.item of X.inter, movies.dat of ratings.dat."""
     first = files[0]
     if first.suffix == ".inter" and first.with_suffix(".item").is_file():
         return first.with_suffix(".item")
-    return next((first.with_name(name) for name in KNOWN_NAMES if first.with_name(name).is_file()), None)
+    beside = first.with_name(BESIDE.get(first.name, "")) if first.name in BESIDE else None
+    return beside if beside is not None and beside.is_file() else None
 
 
 def read_item_file(path: Path, config: DataConfig) -> Titles:

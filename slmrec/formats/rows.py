@@ -13,6 +13,7 @@ from slmrec.config import DataConfig
 from slmrec.errors import DataError
 
 SHOWN_BAD_ROWS = 5
+LARGEST_EXACT = 2.0**53
 
 ALIASES = {
     "user": ("user", "user_id", "userid", "reviewerid", "uid", "customer_id", "session_id", "visitorid"),
@@ -80,11 +81,16 @@ def find_columns(path: Path, names: Sequence[str], config: DataConfig) -> Column
         position = column_position(names, [name] if name is not None else ALIASES[role])
         if position is None:
             raise DataError(
-                f"{path} has no column {name or role!r}; its columns are {', '.join(names)}",
+                f"{path} has no column {name or role!r}; its columns are {', '.join(map(_printable, names))}",
                 remedy=f"--{role}-column NAME",
             )
         found[role] = position
     return Columns(found["user"], found["item"], found["time"], len(names))
+
+
+def _printable(name: str) -> str:
+    """A column's name as a terminal may show it."""
+    return "".join(character if character.isprintable() else "?" for character in name)[:40]
 
 
 def column_position(names: Sequence[str], options: Sequence[str]) -> int | None:
@@ -116,6 +122,7 @@ def checked(path: Path, frame: pl.DataFrame, lines: Sequence[int], bad: BadRows)
     """Rows of columns user, item and time, without those that lack an id or a timestamp."""
     time = frame["time"]
     values = _seconds(time)
+    _require_exact(path, time, values)
     users, items = frame["user"].fill_null(""), frame["item"].fill_null("")
     no_user, no_item = (users == "").to_numpy(), (items == "").to_numpy()
     good = ~no_user & ~no_item & np.isfinite(values)
@@ -126,6 +133,16 @@ def checked(path: Path, frame: pl.DataFrame, lines: Sequence[int], bad: BadRows)
         mask = pl.Series(good)
         users, items, values = users.filter(mask), items.filter(mask), values[good]
     return Block(users, items, values)
+
+
+def _require_exact(path: Path, time: pl.Series, values: np.ndarray) -> None:
+    """Refuse times that 64-bit floats cannot tell apart, such as nanoseconds: their order would be lost silently."""
+    beyond = np.flatnonzero(np.isfinite(values) & (np.abs(values) > LARGEST_EXACT))
+    if beyond.size:
+        raise DataError(
+            f"{path} holds the timestamp {time[int(beyond[0])]}; above 2^53 neighbouring times cannot be told apart",
+            remedy="seconds, milliseconds or microseconds: divide nanoseconds by 1,000",
+        )
 
 
 def _seconds(time: pl.Series) -> np.ndarray:

@@ -1,0 +1,50 @@
+"""Two runs never make one output at the same time."""
+
+import subprocess
+import sys
+
+import pytest
+
+from slmrec.artifact import Stage, publish, work_folder
+from slmrec.errors import ArtifactError
+from slmrec.locks import claim, release
+
+PLAN = Stage(name="make", kind="checkpoint", settings={})
+HOLDER = "import sys; from pathlib import Path; from slmrec.locks import claim; claim(Path(sys.argv[1])); "
+
+
+def holder(output, then):
+    return subprocess.Popen(
+        [sys.executable, "-c", HOLDER + then, str(output)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+
+
+def test_an_output_another_process_writes_is_refused_until_that_has_ended(tmp_path):
+    with holder(tmp_path / "made", "print('held', flush=True); input()") as process:
+        assert process.stdout.readline() == "held\n"
+        for attempt in (work_folder, lambda output: publish(output, PLAN).__enter__()):
+            with pytest.raises(ArtifactError, match=r"another run is writing .*made"):
+                attempt(tmp_path / "made")
+        with publish(tmp_path / "other", PLAN):
+            pass
+        process.communicate("\n")
+    with publish(tmp_path / "made", PLAN):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "other"]
+
+
+def test_the_lock_of_a_killed_process_holds_nobody_back(tmp_path):
+    with holder(tmp_path / "made", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)") as process:
+        process.wait()
+    assert (tmp_path / ".made.lock").exists()
+    with publish(tmp_path / "made", PLAN):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+def test_one_process_may_claim_again_what_it_holds(tmp_path):
+    claim(tmp_path / "made")
+    claim(tmp_path / "made")
+    release(tmp_path / "made")
+    release(tmp_path / "made")
+    assert list(tmp_path.iterdir()) == []
