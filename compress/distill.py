@@ -1,7 +1,6 @@
 """distill: a small student follows the teacher's features block by block (SLMRec, arXiv:2405.17890)."""
 
 import copy
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,19 +10,20 @@ from torch import Tensor, nn
 from compress.blocks import block_ends, kept_layers, state_index
 from compress.features import build_features
 from compress.losses import direction_loss, magnitude_loss
-from slmrec.artifact import Artifact, Stage, is_up_to_date, open_artifact, publish, work_folder
+from slmrec.artifact import Artifact, Stage, existing, work_folder
 from slmrec.catalogue import load_catalogue, require_same_catalogue
 from slmrec.config import DistillConfig, WindowConfig, settings_of
 from slmrec.dataset import Dataset
 from slmrec.errors import ConfigError
 from slmrec.evaluate import validation_ndcg
-from slmrec.models.checkpoint import load_decoder, quantized_layers, save_checkpoint
-from slmrec.models.decoder import DecoderModel, decoder_settings
+from slmrec.models.checkpoint import load_decoder, publish_checkpoint, quantized_layers
+from slmrec.models.decoder import DecoderModel, DecoderSpec, decoder_settings
 from slmrec.models.ranking import TorchRecommender, resolve_device
+from slmrec.processes import connect, on_main
 from slmrec.samples import Samples, cross_entropy
 from slmrec.sequences import validation_cases
 from slmrec.train import Batch, Progress, Task, train
-from slmrec.train_teacher import ITEM_PARAMETERS, load_backbone, teacher_samples
+from slmrec.train_teacher import ITEM_PARAMETERS, load_backbone, require_prefix_shareable, teacher_samples
 
 
 class DistillObjective(nn.Module):
@@ -44,7 +44,7 @@ class DistillObjective(nn.Module):
         Feature terms are averaged over blocks and supervision over the blocks before the last (SLMRec eq. 6).
         """
         assert batch.features is not None
-        config, wanted = self.config, batch.targets != 0
+        config, wanted, norms = self.config, batch.targets != 0, batch.feature_norms
         states = self.student(batch.item_ids)
         targets = batch.targets[wanted]
         terms = {"ce": cross_entropy(self.student.logits(states[-1][wanted]), targets)}
@@ -54,13 +54,19 @@ class DistillObjective(nn.Module):
             if config.direction_weight:
                 terms[f"direction_{name}"] = config.direction_weight * share * direction_loss(feature, teacher)
             if config.magnitude_weight:
-                distance = magnitude_loss(feature, teacher, scale=config.magnitude_scale)
+                distance = self._magnitude(feature, teacher, None if norms is None else norms[block])
                 terms[f"magnitude_{name}"] = config.magnitude_weight * share * distance
         for block, adapter in enumerate(self.adapters):
             feature = states[state_index(self.ends[block])][wanted]
             loss = cross_entropy(_adapted_logits(adapter, feature, self.student), targets)
             terms[f"supervision_block_{block + 1}"] = config.supervision_weight / len(self.adapters) * loss
         return terms
+
+    def _magnitude(self, feature: Tensor, teacher: Tensor, norm: Tensor | None) -> Tensor:
+        """The squared distance, on the scale of the whole step where the batch is a part of it."""
+        if self.config.magnitude_scale == "hidden" and norm is not None:
+            return magnitude_loss(feature, teacher, scale="none") / norm
+        return magnitude_loss(feature, teacher, scale=self.config.magnitude_scale)
 
 
 def _adapted_logits(adapter: nn.Module, feature: Tensor, student: DecoderModel) -> Tensor:
@@ -87,19 +93,17 @@ def distill(
     )
     parents = {"teacher": teacher_artifact, "data": data.artifact}
     stage = Stage(name="distill", kind="checkpoint", settings=settings_of(config), parents=parents)
-    if is_up_to_date(output, stage, force=force):
-        return open_artifact(output), True
+    connect(resolve_device(device))
+    there = on_main(lambda: existing(output, stage, force=force))
+    if there is not None:
+        return there, True
     teacher = load_decoder(teacher_artifact)
     require_distillable(teacher, config)
     student = build_student(teacher, config)
     samples = student_samples(teacher_artifact, teacher, data)
-    work = work_folder(output)
-    progress = _fit(teacher, DistillObjective(student, config), samples, data, (work, stage.key, device))
-    with publish(output, stage) as folder:
-        save_checkpoint(folder, student.cpu(), progress.log)
-        data.items.save(folder)
-    shutil.rmtree(work)
-    return open_artifact(output), False
+    run = (work_folder(output), stage.key, device)
+    progress = _fit(teacher, DistillObjective(student, config), samples, data, run)
+    return on_main(lambda: publish_checkpoint(output, stage, student, progress.log, data.items)), False
 
 
 def require_distillable(teacher: DecoderModel, config: DistillConfig) -> None:
@@ -118,13 +122,19 @@ def require_distillable(teacher: DecoderModel, config: DistillConfig) -> None:
             "multiple supervision compares with the item table, which a linear head does not have",
             remedy="--supervision-weight 0, or a teacher with --head tied",
         )
+    require_prefix_shareable(student_spec(teacher, config), config.train)
+
+
+def student_spec(teacher: DecoderModel, config: DistillConfig) -> DecoderSpec:
+    """The student's shape: the teacher's, cut to fewer layers."""
+    settings = decoder_settings(teacher.decoder.config, config.num_layers)
+    return replace(teacher.spec, decoder=settings, share_prefix=teacher.spec.share_prefix and config.share_prefix)
 
 
 def build_student(teacher: DecoderModel, config: DistillConfig) -> DecoderModel:
     """A student before training: the teacher's items and head, and layers of the teacher or of the backbone."""
     torch.manual_seed(config.train.seed)
-    settings = decoder_settings(teacher.decoder.config, config.num_layers)
-    student = DecoderModel(replace(teacher.spec, decoder=settings))
+    student = DecoderModel(student_spec(teacher, config))
     ours = {n: v for n, v in teacher.state_dict().items() if not n.startswith("decoder.")}
     student.load_state_dict(ours, strict=False)
     if config.init == "backbone":
@@ -148,7 +158,11 @@ def _fit(
 ) -> Progress:
     work, key, device = run
     target = resolve_device(device)
-    store = build_features(copy.copy(teacher).to(target).eval(), samples, objective.config.num_blocks, work, key)
+    blocks = objective.config.num_blocks
+    store = on_main(lambda: build_features(copy.copy(teacher).to(target).eval(), samples, blocks, work, key))
+    teacher.cpu()
+    if objective.config.train.checkpoint_gradients:
+        objective.student.checkpoint_gradients()
     cases = validation_cases(data.sequences)
     task = Task(
         title="distill",

@@ -111,6 +111,11 @@ def is_up_to_date(output: Path, stage: Stage, *, force: bool) -> bool:
     return False
 
 
+def existing(output: Path, stage: Stage, *, force: bool) -> Artifact | None:
+    """The artefact in `output` where it is this very run's; an error as in `is_up_to_date`."""
+    return open_artifact(output) if is_up_to_date(output, stage, force=force) else None
+
+
 @contextlib.contextmanager
 def publish(output: Path, stage: Stage, finish: Callable[[Path], None] | None = None) -> Iterator[Path]:
     """Give a folder to write into; on success it gets a manifest and becomes `output`, else it is removed.

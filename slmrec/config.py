@@ -55,7 +55,7 @@ class TrainConfig:
 
     epochs: int
     batch_size: int
-    """Training sequences in a step."""
+    """Training sequences in a step, over all devices and micro-batches."""
     learning_rate: float
     """Peak rate of the decoder (or of the whole model where it has no decoder)."""
     item_learning_rate: float | None = None
@@ -67,12 +67,22 @@ class TrainConfig:
     """Epochs without a better validation NDCG@10 before training stops; None trains all epochs."""
     precision: str = "auto"
     """auto (bfloat16 where the processor computes it, else fp32), bf16 or fp32."""
+    accumulate: int = 1
+    """Micro-batches that a step's sequences are cut into on each device: less memory, the same gradient."""
+    checkpoint_gradients: bool = False
+    """Keep no activations inside the decoder's layers, compute them again for the gradient: less memory, a third
+    more time."""
     save_every_steps: int = 50
     """Steps between resumable states; an epoch's end is always one."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require_least(self, epochs=1, batch_size=1, save_every_steps=1, warmup_steps=0, patience=0)
+        _require_least(self, epochs=1, batch_size=1, save_every_steps=1, accumulate=1, warmup_steps=0, patience=0)
+        _require(
+            self.accumulate <= self.batch_size,
+            f"a step of batch_size={self.batch_size} cannot be cut into accumulate={self.accumulate} micro-batches",
+            f"--accumulate {self.batch_size} or fewer",
+        )
         rates = [self.learning_rate] + ([] if self.item_learning_rate is None else [self.item_learning_rate])
         _require(min(rates) > 0, f"a learning rate of {min(rates)} trains nothing", "a rate such as 3e-4")
         _require(self.clip_norm > 0, f"clip_norm={self.clip_norm} is not above 0", "--clip-norm 1.0")
@@ -112,6 +122,11 @@ class SasrecConfig:
             "--num-heads 1",
         )
         _require(0 <= self.dropout < 1, f"dropout={self.dropout} is no share below 1", "a --dropout in [0, 1)")
+        _require(
+            not self.train.checkpoint_gradients,
+            "SASRec is too small for gradient checkpointing",
+            "checkpoint_gradients=False, or accumulate=2",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +187,11 @@ class TeacherConfig:
     def __post_init__(self) -> None:
         _require_least(self, num_layers=1)
         _require_choice("tuning", self.tuning, ("full", "lora"))
+        _require(
+            not (self.train.checkpoint_gradients and self.share_prefix and self.recipe.prompt != "none"),
+            "the shared instruction and gradient checkpointing exclude each other",
+            "--no-share-prefix, or --prompt none",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,6 +212,8 @@ class DistillConfig:
     """Weight of the multiple-supervision term, lambda_3."""
     magnitude_scale: str = "hidden"
     """hidden: the squared distance is divided by the teacher's mean squared norm; none: the paper's."""
+    share_prefix: bool = True
+    """Compute the instruction once per step where the teacher does."""
     train: TrainConfig
 
     def __post_init__(self) -> None:

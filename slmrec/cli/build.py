@@ -6,7 +6,15 @@ from typing import Any
 import click
 
 from slmrec.cli.loading import choose, choose_student, resolve_output
-from slmrec.cli.options import common_options, data_option, dry_run_option, model_option, output_option, print_result
+from slmrec.cli.options import (
+    common_options,
+    data_option,
+    device_memory_options,
+    dry_run_option,
+    model_option,
+    output_option,
+    print_result,
+)
 from slmrec.config import DistillConfig, QuantizeConfig, TrainConfig
 from slmrec.errors import ConfigError
 
@@ -27,6 +35,9 @@ from slmrec.errors import ConfigError
 @click.option(
     "--l2-scale", "magnitude_scale", type=click.Choice(["hidden", "none"]), default="hidden", show_default=True
 )
+@click.option(
+    "--share-prefix/--no-share-prefix", default=True, show_default=True, help="Compute the instruction once per step."
+)
 @click.option("--epochs", default=4, show_default=True)
 @click.option("--patience", type=int, help="Epochs without a better validation NDCG@10  [default: train all epochs]")
 @click.option("--batch-size", default=16, show_default=True, help="Sequences in a step.")
@@ -34,6 +45,7 @@ from slmrec.errors import ConfigError
 @click.option("--item-learning-rate", default=1e-3, show_default=True, help="Peak rate of item table, maps and head.")
 @click.option("--warmup-steps", default=20, show_default=True)
 @click.option("--precision", type=click.Choice(["auto", "bf16", "fp32"]), default="auto", show_default=True)
+@device_memory_options
 @click.option("--save-every-steps", default=50, show_default=True, help="Steps between resumable states.")
 @model_option
 @data_option

@@ -6,7 +6,15 @@ from typing import Any
 import click
 
 from slmrec.cli.loading import choose, resolve_output
-from slmrec.cli.options import common_options, data_option, dry_run_option, model_option, output_option, print_result
+from slmrec.cli.options import (
+    common_options,
+    data_option,
+    device_memory_options,
+    dry_run_option,
+    model_option,
+    output_option,
+    print_result,
+)
 from slmrec.config import RecipeConfig, SasrecConfig, TeacherConfig, TrainConfig, WindowConfig
 
 
@@ -91,6 +99,7 @@ def train_items(
 @click.option("--item-learning-rate", default=1e-3, show_default=True, help="Peak rate of item table, maps and head.")
 @click.option("--warmup-steps", default=20, show_default=True)
 @click.option("--precision", type=click.Choice(["auto", "bf16", "fp32"]), default="auto", show_default=True)
+@device_memory_options
 @click.option("--save-every-steps", default=50, show_default=True, help="Steps between resumable states.")
 @model_option
 @data_option
