@@ -15,18 +15,19 @@ from slmrec.config import RecipeConfig, TeacherConfig, TrainConfig, WindowConfig
 from slmrec.dataset import Dataset
 from slmrec.errors import ArtifactError, ConfigError, DataError
 from slmrec.evaluate import validation_ndcg
-from slmrec.models.checkpoint import load_model, publish_checkpoint
+from slmrec.models.checkpoint import build_model, load_model, publish_checkpoint
 from slmrec.models.decoder import DecoderModel, DecoderSpec, decoder_settings
-from slmrec.models.prompt import prompt_embeddings
+from slmrec.models.prompt import prompt_embeddings, prompt_texts, token_ids
 from slmrec.models.ranking import TorchRecommender, resolve_device
 from slmrec.models.sasrec import Sasrec
 from slmrec.models.titles import title_vectors
+from slmrec.plan import Plan, plan_training
 from slmrec.processes import connect, on_main
 from slmrec.samples import NextItemObjective, Samples, training_samples
 from slmrec.sequences import validation_cases
 from slmrec.sharding import asked_to_shard
 from slmrec.sources import backbone_folder
-from slmrec.train import Task, train
+from slmrec.train import Task, computes_in_bf16, train
 
 ITEM_PARAMETERS = ("item_table", "item_proj", "user_proj", "item_head", "title_input", "title_table", "adapters")
 """Parameters that learn at the item learning rate; all others belong to the decoder."""
@@ -118,6 +119,22 @@ def build_teacher(config: TeacherConfig, items: Artifact, data: Dataset) -> Deco
     return model
 
 
+def teacher_shape(config: TeacherConfig, items: Artifact, data: Dataset) -> DecoderModel:
+    """The teacher as it is trained, on the "meta" device: shapes without weights, from the backbone's config alone."""
+    from transformers import AutoConfig
+
+    folder = backbone_folder(config.backbone, weights=False)
+    settings = decoder_settings(AutoConfig.from_pretrained(folder), config.num_layers)
+    prefix, suffix = (len(token_ids(folder, text)) for text in prompt_texts(config.recipe.prompt))
+    with torch.device("meta"):
+        spec = _spec(
+            config, settings, (prefix, suffix), require_item_table(build_model(items), items).config.hidden_size, data
+        )
+        model = DecoderModel(spec)
+        prepare_training(model, config)
+    return model
+
+
 def _spec(
     config: TeacherConfig, decoder: dict[str, Any], prompt: tuple[int, int], item_dim: int, data: Dataset
 ) -> DecoderSpec:
@@ -155,6 +172,14 @@ def scale_item_inputs(model: DecoderModel, token_rms: float) -> None:
     for title_map in (model.title_input, model.title_table):
         if title_map is not None:
             title_map.weight.zero_()
+
+
+def plan_teacher(config: TeacherConfig, items: Artifact, data: Dataset, device: str) -> Plan:
+    """What training would take; neither the backbone's weights nor a tokenizer that no prompt needs are read."""
+    model = teacher_shape(config, items, data)
+    samples = teacher_samples(config.recipe, config.window, data)
+    bf16 = computes_in_bf16(config.train, resolve_device(device))
+    return plan_training(model, NextItemObjective(model), samples, config.train, bf16=bf16)
 
 
 def teacher_samples(recipe: RecipeConfig, window: WindowConfig, data: Dataset) -> Samples:

@@ -62,16 +62,14 @@ def distill(
     teacher = choose(model, "teacher", "slmcompress train-teacher", "checkpoint")
     dataset = choose(data, "data", "slmcompress data FILE", "dataset")
     from compress.distill import distill as run
-    from compress.distill import require_distillable, student_samples
+    from compress.plan import plan_distillation
     from slmrec.cli.stages import planned, trained
     from slmrec.dataset import load_dataset
-    from slmrec.models.checkpoint import load_decoder
 
     output, log = resolve_output(output, "student"), load_dataset(dataset.path)
     if dry_run:
-        decoder = load_decoder(teacher)
-        require_distillable(decoder, config)
-        print_result(*planned(output, student_samples(teacher, decoder, log), config.train), as_json=as_json)
+        plan, samples = plan_distillation(teacher, log, config, device)
+        print_result(*planned(output, samples, config.train, plan), as_json=as_json)
         return
     result = run(teacher, log, output, config, device=device, force=force)
     print_result(*trained(*result), as_json=as_json)

@@ -7,6 +7,7 @@ from typing import Any
 from slmrec.artifact import Artifact
 from slmrec.config import TrainConfig
 from slmrec.models.checkpoint import TRAINING_FILE
+from slmrec.plan import Plan
 from slmrec.samples import Samples
 
 
@@ -38,8 +39,10 @@ def trained(artifact: Artifact, was_there: bool) -> tuple[dict[str, Any], str]:
     return result, text
 
 
-def planned(output: Path, samples: Samples, config: TrainConfig) -> tuple[dict[str, Any], str]:
-    """Result and text of a training stage's --dry-run."""
+def planned(
+    output: Path, samples: Samples, config: TrainConfig, plan: Plan | None = None
+) -> tuple[dict[str, Any], str]:
+    """Result and text of a training stage's --dry-run; a decoder's has a plan of its sizes."""
     steps = -(-len(samples.lengths) // config.batch_size) * config.epochs
     result = {
         "output": str(output),
@@ -54,4 +57,4 @@ def planned(output: Path, samples: Samples, config: TrainConfig) -> tuple[dict[s
         f"would write {output}: {result['num_samples']} samples, {result['num_items_read']} items read and "
         f"{result['num_targets']} targets an epoch; {config.epochs} epochs, {steps} steps of {config.batch_size}"
     )
-    return result, text
+    return (result, text) if plan is None else (result | plan.to_json(), f"{text}\n{plan.to_text()}")

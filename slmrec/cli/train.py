@@ -129,15 +129,13 @@ def train_teacher(
     dataset = choose(data, "data", "slmcompress data FILE", "dataset")
     from slmrec.cli.stages import planned, trained
     from slmrec.dataset import load_dataset
-    from slmrec.train_teacher import load_backbone, teacher_samples
+    from slmrec.train_teacher import plan_teacher, teacher_samples
     from slmrec.train_teacher import train_teacher as run
 
     output, log = resolve_output(output, "teacher"), load_dataset(dataset.path)
     if dry_run:
-        load_backbone(config.backbone, config.num_layers)
-        print_result(
-            *planned(output, teacher_samples(config.recipe, config.window, log), config.train), as_json=as_json
-        )
+        samples, plan = teacher_samples(config.recipe, config.window, log), plan_teacher(config, items, log, device)
+        print_result(*planned(output, samples, config.train, plan), as_json=as_json)
         return
     result = run(items, log, output, config, device=device, force=force)
     print_result(*trained(*result), as_json=as_json)
