@@ -24,7 +24,8 @@ from compress.distill import store_spec
 from compress.features import FeatureStore, StoreSpec, build_store, teacher_says
 from compress.objective import DistillObjective, with_teacher
 from compress.student import build_student
-from slmrec.config import DistillConfig, RecipeConfig, TrainConfig, WindowConfig
+from slmrec.compress_config import DistillConfig
+from slmrec.config import RecipeConfig, TrainConfig, WindowConfig
 from slmrec.dataset import Dataset
 from slmrec.models.decoder import DecoderModel, DecoderSpec, decoder_settings
 from slmrec.samples import NextItemObjective, Samples, training_samples

@@ -24,7 +24,8 @@ from compress.blocks import block_ends, state_index
 from compress.distill import distill
 from slmrec.artifact import Artifact, Stage, open_artifact, publish
 from slmrec.cli.loading import load_recommender
-from slmrec.config import DistillConfig, FeatureConfig, OnlineConfig, settings_of
+from slmrec.compress_config import DistillConfig, FeatureConfig, OnlineConfig
+from slmrec.config import settings_of
 from slmrec.dataset import Dataset
 from slmrec.metrics import overlap
 from slmrec.models.checkpoint import load_decoder, save_checkpoint

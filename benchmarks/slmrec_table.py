@@ -19,11 +19,10 @@ from recording import record
 from compress.distill import distill
 from slmrec.artifact import Artifact
 from slmrec.cli.loading import load_recommender
+from slmrec.compress_config import DistillConfig, FeatureConfig
 from slmrec.config import (
     BenchmarkConfig,
     DataConfig,
-    DistillConfig,
-    FeatureConfig,
     RecipeConfig,
     SasrecConfig,
     TeacherConfig,

@@ -11,14 +11,16 @@ from torch import nn
 from compress.features import Reader, StoreSpec, build_store, live_reader
 from compress.objective import DistillObjective, OnlineObjective, with_teacher
 from compress.student import build_student, require_distillable
-from slmrec.artifact import Artifact, Stage, is_up_to_date, open_artifact, publish, work_folder
+from slmrec.artifact import Artifact, Stage, existing, work_folder
 from slmrec.catalogue import load_catalogue, require_same_catalogue
-from slmrec.config import DistillConfig, WindowConfig, settings_of
+from slmrec.compress_config import DistillConfig
+from slmrec.config import WindowConfig, settings_of
 from slmrec.dataset import Dataset
 from slmrec.evaluate import validation_ndcg
-from slmrec.models.checkpoint import load_decoder, save_checkpoint
+from slmrec.models.checkpoint import load_decoder, publish_checkpoint
 from slmrec.models.decoder import DecoderModel
 from slmrec.models.ranking import TorchRecommender, resolve_device
+from slmrec.processes import connect, on_main
 from slmrec.samples import Samples
 from slmrec.sequences import validation_cases
 from slmrec.train import Batch, Task, train
@@ -44,34 +46,34 @@ def distill(
         model_name=str(teacher_artifact.path),
         data_name=str(data.artifact.path),
     )
-    stage = _stage(teacher_artifact, data, config)
-    if is_up_to_date(output, stage, force=force):
-        return open_artifact(output), True
+    stage, target = distill_stage(teacher_artifact, data, config), resolve_device(device)
+    connect(target)
+    there = on_main(lambda: existing(output, stage, force=force))
+    if there is not None:
+        return there, True
     teacher = load_decoder(teacher_artifact)
     require_distillable(teacher, config)
     student = build_student(teacher, config)
-    work, target = work_folder(output), resolve_device(device)
+    work = work_folder(output)
     samples = student_samples(teacher_artifact, teacher, data)
     key = store_spec(teacher, config).key(teacher_artifact.hash, samples)
     shelf = output.parent / f".features-{key[:16]}"
     reader = _reader(teacher, samples, config, (shelf, key, target))
-    cases = validation_cases(data.sequences)
-    task = Task(
-        title="distill",
-        objective=_objective(teacher, student, config),
-        lengths=samples.lengths,
-        batch=lambda rows: _batch(samples, reader, rows, has_prefix=student.spec.prefix_length > 0),
-        validate=lambda: validation_ndcg(TorchRecommender(student, target.type), cases),
-        item_parameters=DISTILLED_PARAMETERS,
-    )
+    task = _task(teacher, student, (samples, reader), data, config)
     progress = train(task, config.train, work, stage.key, target)
-    with publish(output, stage) as folder:
-        save_checkpoint(folder, student.cpu(), progress.log)
-        data.items.save(folder)
-    shutil.rmtree(work)
+    made = on_main(lambda: publish_checkpoint(output, stage, student, progress.log, data.items))
     if not config.features.keep:
-        shutil.rmtree(shelf, ignore_errors=True)
-    return open_artifact(output), False
+        on_main(lambda: shutil.rmtree(shelf, ignore_errors=True))
+    return made, False
+
+
+def distill_stage(teacher: Artifact, data: Dataset, config: DistillConfig) -> Stage:
+    """The run as a manifest names it."""
+    settings = settings_of(config)
+    del settings["features"]["keep"]  # what is left on the shelf changes nothing in the student
+    return Stage(
+        name="distill", kind="checkpoint", settings=settings, parents={"teacher": teacher, "data": data.artifact}
+    )
 
 
 def store_spec(teacher: DecoderModel, config: DistillConfig) -> StoreSpec:
@@ -89,11 +91,41 @@ def student_samples(artifact: Artifact, teacher: DecoderModel, data: Dataset) ->
     return teacher_samples(teacher.spec.recipe, WindowConfig(**artifact.settings["window"]), data)
 
 
-def _stage(teacher: Artifact, data: Dataset, config: DistillConfig) -> Stage:
-    settings = settings_of(config)
-    del settings["features"]["keep"]  # what is left on the shelf changes nothing in the student
-    return Stage(
-        name="distill", kind="checkpoint", settings=settings, parents={"teacher": teacher, "data": data.artifact}
+def objective_of(teacher: DecoderModel, student: DecoderModel, config: DistillConfig) -> nn.Module:
+    """What is minimised: the student's terms alone, or the teacher's as well."""
+    distillation = DistillObjective(student, config, teacher.hidden_size)
+    return distillation if config.online is None else OnlineObjective(teacher, distillation)
+
+
+def _task(
+    teacher: DecoderModel,
+    student: DecoderModel,
+    source: tuple[Samples, Reader | None],
+    data: Dataset,
+    config: DistillConfig,
+) -> Task:
+    samples, reader = source
+    if config.train.checkpoint_gradients:
+        student.checkpoint_gradients()
+        if config.online is not None:
+            teacher.checkpoint_gradients()
+    cases = validation_cases(data.sequences)
+
+    def batch(rows: np.ndarray) -> Batch:
+        plain = samples.batch(rows)
+        has_prefix = student.spec.prefix_length > 0
+        return plain if reader is None else with_teacher(plain, reader(rows), has_prefix=has_prefix)
+
+    def validate() -> float:
+        return validation_ndcg(TorchRecommender(student, next(student.parameters()).device.type), cases)
+
+    return Task(
+        title="distill",
+        objective=objective_of(teacher, student, config),
+        lengths=samples.lengths,
+        batch=batch,
+        validate=validate,
+        item_parameters=DISTILLED_PARAMETERS,
     )
 
 
@@ -108,14 +140,6 @@ def _reader(
     frozen = copy.copy(teacher).to(device).eval()
     if config.features.source == "live":
         return live_reader(frozen, samples, spec)
-    return build_store(frozen, samples, spec, shelf, key).read
-
-
-def _objective(teacher: DecoderModel, student: DecoderModel, config: DistillConfig) -> nn.Module:
-    distillation = DistillObjective(student, config, teacher.hidden_size)
-    return distillation if config.online is None else OnlineObjective(teacher, distillation)
-
-
-def _batch(samples: Samples, reader: Reader | None, rows: np.ndarray, *, has_prefix: bool) -> Batch:
-    batch = samples.batch(rows)
-    return batch if reader is None else with_teacher(batch, reader(rows), has_prefix=has_prefix)
+    store = on_main(lambda: build_store(frozen, samples, spec, shelf, key))
+    teacher.cpu()
+    return store.read

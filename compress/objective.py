@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from compress.blocks import block_ends, state_index
 from compress.losses import direction_loss, divergence_loss, magnitude_loss
-from slmrec.config import DistillConfig
+from slmrec.compress_config import DistillConfig
 from slmrec.models.decoder import DecoderModel
 from slmrec.samples import cross_entropy
 from slmrec.train import Batch
@@ -71,7 +71,9 @@ class DistillObjective(nn.Module):
         kept = feature_targets(batch, has_prefix=self.student.spec.prefix_length > 0)
         count = len(kept)
         share = (1 / config.num_blocks if config.loss == "paper" else 1.0) * len(features) / count
-        norms = features.detach().float().pow(2).sum(dim=(0, 2)) / count
+        norms = batch.feature_norms
+        if norms is None:
+            norms = features.detach().float().pow(2).sum(dim=(0, 2)) / count
         for block, end in enumerate(self.ends):
             ours = self.projections[block](states[state_index(end)][batch.targets != 0][kept].float())
             theirs = features[:, block]

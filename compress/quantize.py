@@ -14,7 +14,8 @@ from torch import nn
 
 from slmrec.artifact import Artifact, Stage, is_up_to_date, open_artifact, publish, write_json
 from slmrec.catalogue import load_catalogue, require_same_catalogue
-from slmrec.config import QuantizeConfig, settings_of
+from slmrec.compress_config import QuantizeConfig
+from slmrec.config import settings_of
 from slmrec.dataset import Dataset
 from slmrec.errors import CheckError, ConfigError
 from slmrec.evaluate import VALIDATION_PROTOCOL, Accuracy, evaluate

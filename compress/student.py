@@ -9,11 +9,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from compress.blocks import kept_layers
-from slmrec.config import DistillConfig
+from slmrec.compress_config import DistillConfig
 from slmrec.errors import ConfigError
 from slmrec.models.checkpoint import quantized_layers
-from slmrec.models.decoder import DecoderModel, decoder_settings
-from slmrec.train_teacher import load_backbone
+from slmrec.models.decoder import DecoderModel, DecoderSpec, decoder_settings
+from slmrec.train_teacher import load_backbone, require_prefix_shareable
 
 
 def require_distillable(teacher: DecoderModel, config: DistillConfig) -> None:
@@ -32,15 +32,24 @@ def require_distillable(teacher: DecoderModel, config: DistillConfig) -> None:
             "multiple supervision compares with the item table, which a linear head does not have",
             remedy="--supervision-weight 0, or a teacher with --head tied",
         )
+    require_prefix_shareable(student_spec(teacher, config), config.train)
+
+
+def student_spec(teacher: DecoderModel, config: DistillConfig) -> DecoderSpec:
+    """The student's shape: the teacher's, cut in depth and perhaps in width."""
+    return replace(
+        teacher.spec,
+        decoder=student_settings(teacher, config),
+        recipe=replace(teacher.spec.recipe, item_table=config.item_table),
+        title_size=teacher.spec.title_width,
+        share_prefix=teacher.spec.share_prefix and config.share_prefix,
+    )
 
 
 def build_student(teacher: DecoderModel, config: DistillConfig) -> DecoderModel:
     """A student before training: the teacher's items and head, and layers of the teacher or of the backbone."""
     torch.manual_seed(config.train.seed)
-    recipe = replace(teacher.spec.recipe, item_table=config.item_table)
-    settings = student_settings(teacher, config)
-    spec = replace(teacher.spec, decoder=settings, recipe=recipe, title_size=teacher.spec.title_width)
-    student = DecoderModel(spec)
+    student = DecoderModel(student_spec(teacher, config))
     narrower = student.hidden_size != teacher.hidden_size
     _copy_items(student, teacher, narrower=narrower)
     if config.init == "random":

@@ -17,6 +17,7 @@ from typing import Any
 
 from slmrec.errors import ArtifactError
 from slmrec.locks import claim, release
+from slmrec.processes import is_main_process
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
@@ -115,6 +116,11 @@ def is_up_to_date(output: Path, stage: Stage, *, force: bool) -> bool:
     return False
 
 
+def existing(output: Path, stage: Stage, *, force: bool) -> Artifact | None:
+    """The artefact in `output` where it is this very run's; an error as in `is_up_to_date`."""
+    return open_artifact(output) if is_up_to_date(output, stage, force=force) else None
+
+
 @contextlib.contextmanager
 def publish(output: Path, stage: Stage, finish: Callable[[Path], None] | None = None) -> Iterator[Path]:
     """Give a folder to write into; on success it gets a manifest and becomes `output`, else it is removed.
@@ -155,7 +161,8 @@ def work_folder(output: Path) -> Path:
     Raises:
         ArtifactError: another run is at work there.
     """
-    claim(output)
+    if is_main_process():  # the others of its run write nothing
+        claim(output)
     folder = output.with_name(f".{output.name}.work")
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -3,24 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from slmrec.errors import ConfigError
-
-
-def _require(condition: bool, problem: str, remedy: str) -> None:
-    if not condition:
-        raise ConfigError(problem, remedy=remedy)
-
-
-def _require_least(settings: object, **least: int) -> None:
-    """Refuse a setting below its least value; None is no value."""
-    for name, bound in least.items():
-        value = getattr(settings, name)
-        flag = "--" + name.replace("_", "-")
-        _require(value is None or value >= bound, f"{name}={value} is below {bound}", f"{flag} {bound} or more")
-
-
-def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    _require(value in choices, f"{name}={value!r} is not known", f"one of {', '.join(choices)}")
+from slmrec.checks import require, require_choice, require_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +28,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         formats = ("auto", "csv", "parquet", "jsonl", "movielens", "amazon", "recbole", "sequences")
-        _require_choice("format", self.format, formats)
-        _require_least(self, min_events=0, max_bad_rows=0)
+        require_choice("format", self.format, formats)
+        require_least(self, min_events=0, max_bad_rows=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +38,7 @@ class TrainConfig:
 
     epochs: int
     batch_size: int
-    """Training sequences in a step."""
+    """Training sequences in a step, over all devices and micro-batches."""
     learning_rate: float
     """Peak rate of the decoder (or of the whole model where it has no decoder)."""
     item_learning_rate: float | None = None
@@ -67,16 +50,26 @@ class TrainConfig:
     """Epochs without a better validation NDCG@10 before training stops; None trains all epochs."""
     precision: str = "auto"
     """auto (bfloat16 where the processor computes it, else fp32), bf16 or fp32."""
+    accumulate: int = 1
+    """Micro-batches that a step's sequences are cut into on each device: less memory, the same gradient."""
+    checkpoint_gradients: bool = False
+    """Keep no activations inside the decoder's layers, compute them again for the gradient: less memory, a third
+    more time."""
     save_every_steps: int = 50
     """Steps between resumable states; an epoch's end is always one."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require_least(self, epochs=1, batch_size=1, save_every_steps=1, warmup_steps=0, patience=0)
+        require_least(self, epochs=1, batch_size=1, save_every_steps=1, accumulate=1, warmup_steps=0, patience=0)
+        require(
+            self.accumulate <= self.batch_size,
+            f"a step of batch_size={self.batch_size} cannot be cut into accumulate={self.accumulate} micro-batches",
+            f"--accumulate {self.batch_size} or fewer",
+        )
         rates = [self.learning_rate] + ([] if self.item_learning_rate is None else [self.item_learning_rate])
-        _require(min(rates) > 0, f"a learning rate of {min(rates)} trains nothing", "a rate such as 3e-4")
-        _require(self.clip_norm > 0, f"clip_norm={self.clip_norm} is not above 0", "--clip-norm 1.0")
-        _require_choice("precision", self.precision, ("auto", "bf16", "fp32"))
+        require(min(rates) > 0, f"a learning rate of {min(rates)} trains nothing", "a rate such as 3e-4")
+        require(self.clip_norm > 0, f"clip_norm={self.clip_norm} is not above 0", "--clip-norm 1.0")
+        require_choice("precision", self.precision, ("auto", "bf16", "fp32"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +82,8 @@ class WindowConfig:
     """Newest training events used of each user, in windows of `max_history`; None = all."""
 
     def __post_init__(self) -> None:
-        _require_least(self, max_history=1, max_events=2)
-        _require(self.max_history <= 4096, f"max_history={self.max_history} is above 4096", "--max-history 50")
+        require_least(self, max_history=1, max_events=2)
+        require(self.max_history <= 4096, f"max_history={self.max_history} is above 4096", "--max-history 50")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,13 +98,18 @@ class SasrecConfig:
     train: TrainConfig
 
     def __post_init__(self) -> None:
-        _require_least(self, num_layers=1)
-        _require(
+        require_least(self, num_layers=1)
+        require(
             self.num_heads >= 1 and self.hidden_size % self.num_heads == 0,
             f"hidden_size={self.hidden_size} cannot be cut into num_heads={self.num_heads} heads",
             "--num-heads 1",
         )
-        _require(0 <= self.dropout < 1, f"dropout={self.dropout} is no share below 1", "a --dropout in [0, 1)")
+        require(0 <= self.dropout < 1, f"dropout={self.dropout} is no share below 1", "a --dropout in [0, 1)")
+        require(
+            not self.train.checkpoint_gradients,
+            "SASRec is too small for gradient checkpointing",
+            "checkpoint_gradients=False, or accumulate=2",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,20 +132,20 @@ class RecipeConfig:
     """Of the item vectors at the decoder's input, in training."""
 
     def __post_init__(self) -> None:
-        _require_choice("head", self.head, ("tied", "linear"))
-        _require_choice("prompt", self.prompt, ("slmrec", "prefix", "none"))
-        _require_choice("positions", self.positions, ("compact", "padded"))
-        _require_choice("supervision", self.supervision, ("all", "prefixes", "last"))
-        _require_choice("titles", self.titles, ("auto", "none"))
-        _require_choice("item_table", self.item_table, ("trainable", "frozen"))
-        _require(0 <= self.dropout < 1, f"dropout={self.dropout} is no share below 1", "a --dropout in [0, 1)")
+        require_choice("head", self.head, ("tied", "linear"))
+        require_choice("prompt", self.prompt, ("slmrec", "prefix", "none"))
+        require_choice("positions", self.positions, ("compact", "padded"))
+        require_choice("supervision", self.supervision, ("all", "prefixes", "last"))
+        require_choice("titles", self.titles, ("auto", "none"))
+        require_choice("item_table", self.item_table, ("trainable", "frozen"))
+        require(0 <= self.dropout < 1, f"dropout={self.dropout} is no share below 1", "a --dropout in [0, 1)")
         if self.supervision == "all":
-            _require(
+            require(
                 self.prompt != "slmrec",
                 "supervision=all reads every item position, but prompt=slmrec reads users after the response tokens",
                 "--prompt prefix, or --supervision last or prefixes",
             )
-            _require(
+            require(
                 self.positions == "compact" or self.prompt == "none",
                 "supervision=all trains prefixes at positions that positions=padded never serves them at",
                 "--positions compact, or --supervision last or prefixes",
@@ -170,41 +168,12 @@ class TeacherConfig:
     train: TrainConfig
 
     def __post_init__(self) -> None:
-        _require_least(self, num_layers=1)
-        _require_choice("tuning", self.tuning, ("full", "lora"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class FeatureConfig:
-    """Where the features of a frozen teacher come from."""
-
-    source: str = "stored"
-    """stored: computed once, before training; live: by the teacher at every step, as the published code does."""
-    dtype: str = "bfloat16"
-    """bfloat16 or float32, of what is stored."""
-    keep: bool = False
-    """Leave the store beside the output, for further students of the same teacher."""
-
-    def __post_init__(self) -> None:
-        _require_choice("source", self.source, ("stored", "live"))
-        _require_choice("dtype", self.dtype, ("bfloat16", "float32"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class OnlineConfig:
-    """Teacher and student trained together (SLMRec, section 3.3)."""
-
-    signal: str = "features"
-    """features: direction and magnitude; logits: KL divergence of the adapters' logits, block by block."""
-    teacher_gradient: bool = False
-    """Whether the feature terms move the teacher too."""
-
-    def __post_init__(self) -> None:
-        _require_choice("signal", self.signal, ("features", "logits"))
-        _require(
-            not (self.teacher_gradient and self.signal == "logits"),
-            "logits of the teacher are detached, so no gradient can reach it through them",
-            "--no-teacher-gradient, or --signal features",
+        require_least(self, num_layers=1)
+        require_choice("tuning", self.tuning, ("full", "lora"))
+        require(
+            not (self.train.checkpoint_gradients and self.share_prefix and self.recipe.prompt != "none"),
+            "the shared instruction and gradient checkpointing exclude each other",
+            "--no-share-prefix, or --prompt none",
         )
 
 
@@ -231,116 +200,15 @@ class ImportConfig:
     """Columns row and item_id (csv, parquet, jsonl); None = rows in the order of the items."""
 
     def __post_init__(self) -> None:
-        _require_least(self, num_layers=1)
-        _require_choice("part", self.part, ("teacher", "student"))
-        _require(
+        require_least(self, num_layers=1)
+        require_choice("part", self.part, ("teacher", "student"))
+        require(
             self.lora_alpha is None or self.lora_alpha > 0,
             f"lora_alpha={self.lora_alpha} is not above 0",
             "--lora-alpha 16",
         )
-        _require_choice("prompt", self.prompt, ("slmrec", "prefix", "none"))
-        _require_choice("positions", self.positions or "compact", ("compact", "padded"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class DistillConfig:
-    """How a student is distilled from its teacher (SLMRec, arXiv:2405.17890, eq. 6)."""
-
-    num_layers: int = 4
-    """Decoder layers of the student."""
-    hidden_size: int | None = None
-    """Width of the student's decoder; None = the teacher's."""
-    num_blocks: int = 4
-    """Blocks both models are cut into; features are matched at each block's last layer."""
-    init: str = "teacher"
-    """teacher: evenly spaced layers of the teacher; teacher-first: its first layers; backbone: first layers of the
-    pretrained decoder; random: none."""
-    item_table: str = "trainable"
-    """trainable: the student goes on training the teacher's item table; frozen: it shares it as it is."""
-    loss: str = "paper"
-    """paper: terms are means over blocks and distances are squared; repo: they are sums and distances are not."""
-    direction_weight: float = 1.0
-    """Weight of the cosine term, lambda_1."""
-    magnitude_weight: float = 0.1
-    """Weight of the distance, lambda_2."""
-    supervision_weight: float = 0.1
-    """Weight of the multiple-supervision term, lambda_3."""
-    list_weight: float = 0.0
-    """Weight of the divergence from the teacher's scores of its best items; 0 = off, as in the paper."""
-    list_size: int = 50
-    """Best items of the teacher that the list term compares."""
-    magnitude_scale: str = "hidden"
-    """hidden: distances are relative to the teacher's mean norm; none: the paper's."""
-    features: FeatureConfig = field(default_factory=FeatureConfig)
-    online: OnlineConfig | None = None
-    """Train the teacher as well, at the same time; None keeps it frozen."""
-    train: TrainConfig
-
-    def __post_init__(self) -> None:
-        _require_least(self, num_layers=1, hidden_size=1, list_size=2)
-        _require(
-            1 <= self.num_blocks <= self.num_layers,
-            f"num_layers={self.num_layers} cannot be cut into num_blocks={self.num_blocks} blocks",
-            f"--num-blocks between 1 and {self.num_layers}",
-        )
-        _require_choice("init", self.init, ("teacher", "teacher-first", "backbone", "random"))
-        _require_choice("item_table", self.item_table, ("trainable", "frozen"))
-        _require_choice("loss", self.loss, ("paper", "repo"))
-        _require_choice("magnitude_scale", self.magnitude_scale, ("hidden", "none"))
-        weights = (self.direction_weight, self.magnitude_weight, self.supervision_weight, self.list_weight)
-        _require(min(weights) >= 0, f"a loss weight of {min(weights)} is negative", "weights of 0 or more")
-        _require(
-            self.supervision_weight == 0 or self.num_blocks >= 2,
-            "multiple supervision needs a block before the last, but num_blocks=1",
-            "--num-blocks 2 or more, or --supervision-weight 0",
-        )
-        _require(
-            self.hidden_size is None or self.init == "random",
-            f"layers of another width than hidden_size={self.hidden_size} cannot be copied (init={self.init})",
-            "--init random with --hidden-size",
-        )
-        self._check_online()
-
-    def _check_online(self) -> None:
-        if self.online is None:
-            return
-        _require(
-            self.list_weight == 0,
-            "the list term reads stored scores of a frozen teacher, which online distillation does not have",
-            "--list-weight 0, or leave out --online",
-        )
-        _require(
-            self.online.signal == "features" or self.supervision_weight > 0,
-            "online logits are those of the multiple-supervision adapters, but supervision_weight=0",
-            "--supervision-weight above 0, or --signal features",
-        )
-
-    @property
-    def matches_features(self) -> bool:
-        """Whether any term compares features of student and teacher."""
-        by_signal = self.online is None or self.online.signal == "features"
-        return by_signal and (self.direction_weight > 0 or self.magnitude_weight > 0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuantizeConfig:
-    """8-bit weights per output channel, 8-bit activations per token."""
-
-    bits: int = 8
-    accuracy_gate: float = 0.99
-    """Least NDCG@10 on validation users, as a fraction of the fp32 parent's."""
-    keep_fp: tuple[str, ...] = ()
-    """Glob patterns of linear layers that stay fp32, such as layers.3.mlp.down_proj."""
-    auto_keep: bool = False
-    """Keep the layers with the largest 8-bit error in fp32 until the gate holds."""
-
-    def __post_init__(self) -> None:
-        _require(
-            self.bits == 8,
-            f"bits={self.bits} is not supported: no measured runtime gains from fewer bits at these sizes",
-            "--bits 8",
-        )
-        _require(0 < self.accuracy_gate <= 1, f"accuracy_gate={self.accuracy_gate} is no share", "--accuracy-gate 0.99")
+        require_choice("prompt", self.prompt, ("slmrec", "prefix", "none"))
+        require_choice("positions", self.positions or "compact", ("compact", "padded"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -354,10 +222,10 @@ class ExportConfig:
     opset: int = 20
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.top_k is None or 1 <= self.top_k <= 3840, f"top_k={self.top_k}, possible are 1 to 3840", "--top-k 100"
         )
-        _require(18 <= self.opset <= 20, f"opset={self.opset} is not tested", "--opset 20")
+        require(18 <= self.opset <= 20, f"opset={self.opset} is not tested", "--opset 20")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -377,15 +245,15 @@ class BenchmarkConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require_least(self, rounds=2, batch_rounds=2)
+        require_least(self, rounds=2, batch_rounds=2)
         price = self.gpu_hour_price
-        _require(price is None or price > 0, f"gpu_hour_price={price} is not above 0", "--gpu-hour-price 2.50")
-        _require(
+        require(price is None or price > 0, f"gpu_hour_price={price} is not above 0", "--gpu-hour-price 2.50")
+        require(
             price is None or bool(self.batch_sizes),
             "a price needs a measured throughput, but batch_sizes is empty",
             "--batch-sizes 8,32",
         )
-        _require(
+        require(
             min(self.batch_sizes, default=1) >= 1,
             f"batch_sizes={self.batch_sizes} hold one below 1",
             "--batch-sizes 8,32",

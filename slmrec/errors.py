@@ -1,5 +1,8 @@
 """Errors a user can act on: what was found, what was expected, and what to try."""
 
+from collections.abc import Callable
+from functools import partial
+
 
 class SlmrecError(Exception):
     r"""A problem the user can solve; the command line prints it without a traceback and exits with 2.
@@ -15,6 +18,10 @@ class SlmrecError(Exception):
 
     def __str__(self) -> str:
         return f"{self.problem}\nTry: {self.remedy}"
+
+    def __reduce__(self) -> tuple[Callable[[str], "SlmrecError"], tuple[str]]:
+        """How it travels to another process: an exception would forget its keyword."""
+        return partial(type(self), remedy=self.remedy), (self.problem,)
 
 
 class ConfigError(SlmrecError):

@@ -80,13 +80,7 @@ def prepare_dataset(
     for file in files:
         if not file.is_file():
             raise DataError(f"{file} is not a file", remedy="a log file, or the named source ml-100k")
-    formats = {detect_format(file) for file in files} if config.format == "auto" else {config.format}
-    if len(formats) > 1 and "sequences" in formats:
-        raise DataError(
-            f"sequences have places instead of times, {' and '.join(sorted(formats - {'sequences'}))} files have times: "
-            "they cannot be put in one order",
-            remedy="files of sequences alone, or of interactions alone",
-        )
+    formats = _formats(files, config)
     items_file = Path(config.items_file) if config.items_file else find_item_file(files)
     if items_file is not None and not items_file.is_file():
         raise DataError(f"{items_file} is not a file", remedy="--items-file FILE with columns item_id and title")
@@ -117,6 +111,18 @@ def prepare_dataset(
     with publish(output, stage) as folder:
         _write(folder, final, titles, counts)
     return open_artifact(output), False
+
+
+def _formats(files: Sequence[Path], config: DataConfig) -> set[str]:
+    """Formats of the files; places in sequences and times cannot be put in one order."""
+    formats = {detect_format(file) for file in files} if config.format == "auto" else {config.format}
+    others = " and ".join(sorted(formats - {"sequences"}))
+    if "sequences" in formats and others:
+        raise DataError(
+            f"sequences have places instead of times, {others} files have times: they cannot be put in one order",
+            remedy="files of sequences alone, or of interactions alone",
+        )
+    return formats
 
 
 def collect(blocks: Iterator[Block]) -> Interactions:

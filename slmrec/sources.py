@@ -110,8 +110,8 @@ def fetch(source: Source) -> Path:
     return folder
 
 
-def backbone_folder(name: str) -> Path:
-    """A local Hugging Face folder of a named source, a folder, or a hub id.
+def backbone_folder(name: str, *, weights: bool = True) -> Path:
+    """A local Hugging Face folder of a named source, a folder, or a hub id; of a hub id the weights only on demand.
 
     Raises:
         DataError: it is neither, or cannot be fetched.
@@ -121,7 +121,7 @@ def backbone_folder(name: str) -> Path:
         return _converted(SOURCES[name])
     if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
         raise DataError(f"the backbone {name} is no folder", remedy="a Hugging Face model folder, or smollm2-135m")
-    folder = Path(name) if Path(name).exists() else _from_hub(name)
+    folder = Path(name) if Path(name).exists() else _from_hub(name, weights=weights)
     config = folder / "config.json"
     if not config.is_file():
         raise DataError(f"{folder} has no config.json, so it is no decoder", remedy="a Hugging Face model folder")
@@ -160,11 +160,13 @@ def _converted(source: Source) -> Path:
     return folder
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, *, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*", "special_tokens_map.json"]
+    patterns = ["config.json", "tokenizer*", "special_tokens_map.json"]
+    if weights:
+        patterns += ["*.safetensors", "*.safetensors.index.json"]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

@@ -1,7 +1,13 @@
-"""THE training loop: any objective, resumable to the bit, early stopping on validation NDCG@10."""
+"""THE training loop: any objective, one process or many, resumable to the bit, early stopping on validation NDCG@10.
+
+A step's batch is the same whatever the number of processes and micro-batches: each takes its share of the rows, and
+its loss, a mean over its own targets, counts by its share of the step's targets. So the curve of a run does not
+depend on the devices, up to rounding; dropout alone draws other numbers on each.
+"""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -9,13 +15,19 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
+from rich.console import Console
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from slmrec.config import TrainConfig
-from slmrec.errors import TrainingError
+from slmrec.errors import ConfigError, TrainingError
+from slmrec.gradients import dominant_term, is_measured, term_norms
+from slmrec.processes import connect, on_main, process_count, process_index, sum_over_processes
 from slmrec.progress import Bar, progress_bar
 from slmrec.sequences import length_batches
+from slmrec.sharding import collected, make_whole, prepared, sharded_as, usable, whole
 from slmrec.writing import save_tensors
 
 LOG_EVERY_STEPS = 10
@@ -35,6 +47,13 @@ class Batch(NamedTuple):
     """The teacher's best items at each target, int32 [targets, list], internal ids."""
     best_scores: Tensor | None = None
     """Their scores, [targets, list]."""
+    feature_norms: Tensor | None = None
+    """Mean squared norm of the features over the whole step, [blocks]; None where this batch is the whole step."""
+
+    @property
+    def num_targets(self) -> int:
+        """Targets in the batch."""
+        return int((self.targets != 0).sum())
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
@@ -46,7 +65,7 @@ class Objective(Protocol):
     """An nn.Module whose forward gives the loss, term by term."""
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        """Weighted terms by name; their sum is minimised."""
+        """Weighted terms by name, each a mean over the batch's targets; their sum is minimised."""
         ...
 
 
@@ -82,10 +101,13 @@ def train(task: Task, config: TrainConfig, work: Path, key: str, device: torch.d
 
     The state of the run lies in `work` and is used again when `key` matches. Data order and dropout are functions
     of seed and step, so a resumed run equals an uninterrupted one bit by bit on the same machine.
+    Each process of a run calls this; `work` has to be the same folder for all, and the main process writes there.
 
     Raises:
-        TrainingError: the loss or its gradient is no longer finite.
+        TrainingError: the loss or its gradient is no longer finite; all processes raise it.
+        ConfigError: the processes do not see the same state in `work`.
     """
+    connect(device)
     run = _Run(task, config, work, key, device)
     steps = run.steps_per_epoch * config.epochs
     with progress_bar(task.title, steps, done=run.progress.step) as bar:
@@ -100,23 +122,25 @@ class _Run:
         self.task, self.config, self.device = task, config, device
         self.state_path, self.key = work / STATE_FILE, key
         torch.manual_seed(config.seed)
-        self.accelerator = Accelerator(cpu=device.type == "cpu")
-        self.optimizer = torch.optim.AdamW(_parameter_groups(task, config), fused=True)
-        self.objective, self.optimizer = self.accelerator.prepare(task.objective.to(device), self.optimizer)
+        self.accelerator = _accelerator(device)
+        _keep_buffers_at_home(task.objective)
+        optimizer = torch.optim.AdamW(_parameter_groups(task, config), fused=True)
+        self.objective, self.optimizer = prepared(self.accelerator, task.objective.to(device), optimizer)
         self.parameters = {n: p for n, p in task.objective.named_parameters() if p.requires_grad}
         self.best = {name: value.detach().clone() for name, value in self.parameters.items()}
         self.steps_per_epoch = -(-len(task.lengths) // config.batch_size)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.bf16 = config.precision == "bf16" or (config.precision == "auto" and computes_bfloat16(device))
+        self.bf16 = computes_in_bf16(config, device)
         self.pending: list[dict[str, float]] = []
         self.progress = self._resume()
+        self._require_one_state()
 
     def epoch(self, bar: Bar) -> None:
         """Train what is left of the current epoch, then validate."""
         epoch, first = divmod(self.progress.step, self.steps_per_epoch)
         seed = self.config.seed * 1_000_003 + epoch
         batches = list(length_batches(self.task.lengths, self.config.batch_size, seed=seed))
-        self.task.objective.train()
+        self.objective.train()
         for rows in batches[first:]:
             self._step(rows)
             bar(1, self._note())
@@ -129,30 +153,68 @@ class _Run:
 
     def load_best(self) -> None:
         """Put the best epoch's weights into the objective."""
-        with torch.no_grad():
-            for name, value in self.parameters.items():
-                value.copy_(self.best[name])
+        make_whole(self.task.objective, self.best)
 
     def _step(self, rows: np.ndarray) -> None:
         step = self.progress.step
-        torch.manual_seed(self.config.seed * 2_000_003 + step)  # dropout: a function of the step, not of the past
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * self._schedule(step)
-        batch = self.task.batch(rows).to(self.device)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
-            terms = self.objective(batch)
-        loss = torch.stack(list(terms.values())).sum()
-        self.accelerator.backward(loss)
-        norm = self.accelerator.clip_grad_norm_(self.parameters.values(), self.config.clip_norm)
-        if not (torch.isfinite(loss) and torch.isfinite(norm)):
+        values = self._backward(rows)
+        norm = float(whole(self.accelerator.clip_grad_norm_(self.parameters.values(), self.config.clip_norm)))
+        if not np.isfinite([values["loss"], norm]).all():
             raise TrainingError(
-                f"{self.task.title}: the loss is {loss.item()} and its gradient norm {float(norm)} at step {step}",
+                f"{self.task.title}: the loss is {values['loss']} and its gradient norm {norm} at step {step}",
                 remedy="a smaller --learning-rate, more --warmup-steps, or --precision fp32",
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.progress.step += 1
-        self._log({"loss": loss.item(), "gradient_norm": float(norm)} | {n: t.item() for n, t in terms.items()})
+        self._log({"loss": values.pop("loss"), "gradient_norm": norm} | values)
+
+    def _backward(self, rows: np.ndarray) -> dict[str, float]:
+        """Gradients of one step; gives its loss and terms, over all processes."""
+        parts = split_rows(rows, process_index(), process_count(), self.config.accumulate)
+        batches = [self.task.batch(part if len(part) else rows[:1]) for part in parts]
+        weighed = _weighed(batches, [len(part) > 0 for part in parts], self.device)
+        totals: dict[str, Tensor] = {}
+        for micro, (batch, share) in enumerate(weighed):
+            is_last = micro == len(weighed) - 1
+            with nullcontext() if is_last else self.accelerator.no_sync(self.objective):
+                terms = self._forward(batch.to(self.device), micro)
+                loss = torch.stack(list(terms.values())).sum()
+                if micro == 0:
+                    self._measure_terms(terms)
+                self.accelerator.backward(loss * (share * process_count()))  # processes' gradients are averaged
+            for name, value in [("loss", loss), *terms.items()]:
+                totals[name] = totals.get(name, 0) + value.detach() * share
+        return dict(zip(totals, sum_over_processes(torch.stack(list(totals.values()))).tolist(), strict=True))
+
+    def _measure_terms(self, terms: Mapping[str, Tensor]) -> None:
+        """Log, now and then, how strongly each term pulls, and say so once where one drowns the others.
+
+        One process's matter: the gradients of many belong to their wrapper, as checkpointed ones to theirs.
+        """
+        alone = process_count() == 1 and not self.config.checkpoint_gradients
+        if len(terms) == 1 or not alone or not is_measured(self.progress.step):
+            return
+        before = dominant_term(self.progress.log)
+        norms = term_norms(terms, list(self.parameters.values()))
+        self.progress.log.append({"step": self.progress.step, "gradient_norms": norms})
+        term = dominant_term(self.progress.log)
+        if term is not None and term != before:
+            share = 100 * norms[term] / sum(norms.values())
+            Console(stderr=True).print(
+                f"{self.task.title}: {term} holds {share:.0f} % of the terms' gradient norms; "
+                "a smaller weight would let the others be heard"
+            )
+
+    def _forward(self, batch: Batch, micro: int) -> dict[str, Tensor]:
+        """Terms of a micro-batch; dropout is a function of the step and the share, not of the past."""
+        share = process_index() * self.config.accumulate + micro
+        torch.manual_seed(self.config.seed * 2_000_003 + self.progress.step + 1_000_003 * share)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            terms: dict[str, Tensor] = self.objective(batch)
+        return terms
 
     def _log(self, record: dict[str, float]) -> None:
         self.pending.append(record)
@@ -163,7 +225,9 @@ class _Run:
             self.pending = []
 
     def _validate(self, epoch: int) -> None:
-        metric = self.task.validate()
+        with usable(self.task.objective):
+            metric = self.task.validate()  # by every process, in no more time than by one
+        metric = on_main(lambda: metric)
         progress = self.progress
         progress.log.append({"step": progress.step, "epoch": epoch, "validation_ndcg@10": metric})
         if metric > progress.best_metric:
@@ -186,12 +250,15 @@ class _Run:
         return f"loss {losses[-1]:.3f}{best}" if losses else best
 
     def _save(self) -> None:
-        """One file, written beside its place and renamed: a killed run finds the old state or the new one."""
-        tensors = {f"model.{name}": value.detach() for name, value in self.parameters.items()}
-        tensors |= {f"best.{name}": value for name, value in self.best.items()}
+        """The main process writes one file beside its place and renames it: a killed run finds the old or the new."""
+        tensors = {f"model.{name}": collected(value.detach()) for name, value in self.parameters.items()}
+        tensors |= {f"best.{name}": collected(value) for name, value in self.best.items()}
         for name, value in self.parameters.items():
             for slot, part in self.optimizer.state[value].items():
-                tensors[f"optimizer.{name}.{slot}"] = torch.as_tensor(part)
+                tensors[f"optimizer.{name}.{slot}"] = collected(torch.as_tensor(part))
+        on_main(lambda: self._write(tensors))
+
+    def _write(self, tensors: Mapping[str, Tensor]) -> None:
         notes = {"key": self.key, "progress": json.dumps(vars(self.progress)), "pending": json.dumps(self.pending)}
         partial = self.state_path.with_suffix(".partial")
         save_tensors(partial, tensors, notes)
@@ -206,14 +273,80 @@ class _Run:
                 return Progress()
             with torch.no_grad():
                 for name, value in self.parameters.items():
-                    value.copy_(state.get_tensor(f"model.{name}"))
-                    self.best[name] = state.get_tensor(f"best.{name}")
+                    value.copy_(sharded_as(state.get_tensor(f"model.{name}"), value))
+                    self.best[name] = sharded_as(state.get_tensor(f"best.{name}"), value)
             slots = [name.removeprefix("optimizer.") for name in state.keys() if name.startswith("optimizer.")]  # noqa: SIM118
             for slot in slots:
                 name, _, part = slot.rpartition(".")
-                self.optimizer.state[self.parameters[name]][part] = state.get_tensor(f"optimizer.{slot}")
+                value, saved = self.parameters[name], state.get_tensor(f"optimizer.{slot}")
+                self.optimizer.state[value][part] = sharded_as(saved, value) if saved.ndim else saved
         self.pending = json.loads(notes["pending"])
         return Progress(**json.loads(notes["progress"]))
+
+    def _require_one_state(self) -> None:
+        """Refuse to go on from different steps, as processes of several machines without a shared folder would."""
+        main = on_main(lambda: self.progress.step)
+        if sum_over_processes(torch.tensor(float(self.progress.step != main), device=self.device)) > 0:
+            raise ConfigError(
+                f"not every process sees the state of step {main} in {self.state_path.parent}",
+                remedy="an --output in a folder that all machines share",
+            )
+
+
+def split_rows(rows: np.ndarray, index: int, count: int, accumulate: int) -> list[np.ndarray]:
+    """The micro-batches of one of `count` processes: as many on each, some of them empty where rows are few.
+
+    >>> [split_rows(np.arange(7), index, 2, 2) for index in (0, 1)]
+    [[array([0, 4]), array([2, 6])], [array([1, 5]), array([3])]]
+    """
+    most = -(-len(rows) // count)
+    parts = min(accumulate, most)
+    own = rows[index::count]
+    return [own[part::parts] for part in range(parts)]
+
+
+def _weighed(batches: list[Batch], real: list[bool], device: torch.device) -> list[tuple[Batch, float]]:
+    """Each micro-batch with its share of the step's targets, 0 for a stand-in, and with the step's `feature_norms`."""
+    if process_count() * len(batches) == 1:
+        return [(batches[0], 1.0)]
+    counts = [batch.num_targets if counted else 0 for batch, counted in zip(batches, real, strict=True)]
+    squares = [
+        torch.linalg.vector_norm(batch.features, dim=-1, dtype=torch.float32).double().pow(2).sum(dim=0) * counted
+        for batch, counted in zip(batches, real, strict=True)
+        if batch.features is not None
+    ]
+    sums = torch.tensor([float(sum(counts))], dtype=torch.float64)
+    if squares:
+        sums = torch.cat([sums, torch.stack(squares).sum(dim=0)])
+    total, *norms = sum_over_processes(sums.to(device)).tolist()
+    feature_norms = torch.tensor(norms) / total if norms else None
+    return [
+        (batch._replace(feature_norms=feature_norms), count / total)
+        for batch, count in zip(batches, counts, strict=True)
+    ]
+
+
+def _keep_buffers_at_home(objective: nn.Module) -> None:
+    """Prompt and title vectors are constants, the same on every process: they are not sent at every step."""
+    names = [name for name, _ in objective.named_buffers()]
+    ignore: Any = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+    ignore(objective, names)
+
+
+def _accelerator(device: torch.device) -> Accelerator:
+    """Accelerate as the loop needs it: precision and accumulation are the loop's own, whatever a launcher sets."""
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
+    return Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision="no",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        kwargs_handlers=[ddp],
+    )
+
+
+def computes_in_bf16(config: TrainConfig, device: torch.device) -> bool:
+    """Whether a run's decoder computes in bfloat16, its weights staying fp32."""
+    return config.precision == "bf16" or (config.precision == "auto" and computes_bfloat16(device))
 
 
 def computes_bfloat16(device: torch.device) -> bool:

@@ -1,6 +1,5 @@
 """train-teacher: the first layers of a pretrained decoder as a recommender (E4SRec, arXiv:2312.02443)."""
 
-import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,31 +9,25 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from slmrec.artifact import (
-    Artifact,
-    Stage,
-    canonical_hash,
-    file_sha256,
-    is_up_to_date,
-    open_artifact,
-    publish,
-    work_folder,
-)
+from slmrec.artifact import Artifact, Stage, canonical_hash, existing, file_sha256, work_folder
 from slmrec.catalogue import load_catalogue, require_same_catalogue
-from slmrec.config import RecipeConfig, TeacherConfig, WindowConfig, settings_of
+from slmrec.config import RecipeConfig, TeacherConfig, TrainConfig, WindowConfig, settings_of
 from slmrec.dataset import Dataset
-from slmrec.errors import ArtifactError, DataError
+from slmrec.errors import ArtifactError, ConfigError, DataError
 from slmrec.evaluate import validation_ndcg
-from slmrec.models.checkpoint import load_model, save_checkpoint
+from slmrec.models.checkpoint import build_model, load_model, publish_checkpoint
 from slmrec.models.decoder import DecoderModel, DecoderSpec, decoder_settings
-from slmrec.models.prompt import prompt_embeddings
+from slmrec.models.prompt import prompt_embeddings, prompt_texts, token_ids
 from slmrec.models.ranking import TorchRecommender, resolve_device
 from slmrec.models.sasrec import Sasrec
 from slmrec.models.titles import title_vectors
+from slmrec.plan import Plan, plan_training
+from slmrec.processes import connect, on_main
 from slmrec.samples import NextItemObjective, Samples, training_samples
 from slmrec.sequences import validation_cases
+from slmrec.sharding import asked_to_shard
 from slmrec.sources import backbone_folder
-from slmrec.train import Task, train
+from slmrec.train import Task, computes_in_bf16, train
 
 ITEM_PARAMETERS = ("item_table", "item_proj", "user_proj", "item_head", "title_input", "title_table", "adapters")
 """Parameters that learn at the item learning rate; all others belong to the decoder."""
@@ -98,28 +91,22 @@ def backbone_hash(name: str) -> str:
     return canonical_hash({file.name: file_sha256(file) for file in files})
 
 
+def require_item_table(model: Sasrec | DecoderModel, items: Artifact) -> Sasrec:
+    """The model, unless it is of another kind than SASRec."""
+    if not isinstance(model, Sasrec):
+        raise ArtifactError(f"{items.path} holds no item table", remedy="slmcompress train-items")
+    return model
+
+
 def build_teacher(config: TeacherConfig, items: Artifact, data: Dataset) -> DecoderModel:
     """A teacher before training: pretrained layers, the item table of `items`, title vectors where known."""
-    sasrec = load_model(items)
-    if not isinstance(sasrec, Sasrec):
-        raise ArtifactError(f"{items.path} holds no item table", remedy="slmcompress train-items")
+    sasrec = require_item_table(load_model(items), items)
     backbone = load_backbone(config.backbone, config.num_layers)
     prefix, suffix = prompt_embeddings(backbone.folder, backbone.embeddings, config.recipe.prompt)
     torch.manual_seed(config.train.seed)
-    model = DecoderModel(
-        DecoderSpec(
-            decoder=decoder_settings(backbone.decoder.config, config.num_layers),
-            recipe=config.recipe,
-            num_items=data.num_items,
-            item_dim=sasrec.config.hidden_size,
-            max_history=config.window.max_history,
-            prefix_length=len(prefix),
-            suffix_length=len(suffix),
-            has_titles=config.recipe.titles == "auto" and data.items.has_titles,
-            backbone=config.backbone,
-            share_prefix=config.share_prefix,
-        )
-    )
+    settings = decoder_settings(backbone.decoder.config, config.num_layers)
+    spec = _spec(config, settings, (len(prefix), len(suffix)), sasrec.config.hidden_size, data)
+    model = DecoderModel(spec)
     weights = {name: value for name, value in backbone.decoder.state_dict().items() if "embed_tokens" not in name}
     model.decoder.load_state_dict(weights)
     with torch.no_grad():
@@ -130,6 +117,50 @@ def build_teacher(config: TeacherConfig, items: Artifact, data: Dataset) -> Deco
             model.titles.copy_(title_vectors(data.items, backbone.folder, backbone.embeddings))
     scale_item_inputs(model, backbone.token_rms)
     return model
+
+
+def teacher_shape(config: TeacherConfig, items: Artifact, data: Dataset) -> DecoderModel:
+    """The teacher as it is trained, on the "meta" device: shapes without weights, from the backbone's config alone."""
+    from transformers import AutoConfig
+
+    folder = backbone_folder(config.backbone, weights=False)
+    settings = decoder_settings(AutoConfig.from_pretrained(folder), config.num_layers)
+    prefix, suffix = (len(token_ids(folder, text)) for text in prompt_texts(config.recipe.prompt))
+    with torch.device("meta"):
+        spec = _spec(
+            config, settings, (prefix, suffix), require_item_table(build_model(items), items).config.hidden_size, data
+        )
+        model = DecoderModel(spec)
+        prepare_training(model, config)
+    return model
+
+
+def _spec(
+    config: TeacherConfig, decoder: dict[str, Any], prompt: tuple[int, int], item_dim: int, data: Dataset
+) -> DecoderSpec:
+    return DecoderSpec(
+        decoder=decoder,
+        recipe=config.recipe,
+        num_items=data.num_items,
+        item_dim=item_dim,
+        max_history=config.window.max_history,
+        prefix_length=prompt[0],
+        suffix_length=prompt[1],
+        has_titles=config.recipe.titles == "auto" and data.items.has_titles,
+        backbone=config.backbone,
+        share_prefix=config.share_prefix,
+    )
+
+
+def require_prefix_shareable(spec: DecoderSpec, config: TrainConfig) -> None:
+    """Refuse to share the instruction where a layer that reads it twice in a step would go wrong.
+
+    Raises:
+        ConfigError: gradients are checkpointed, or weights sharded (FSDP2 frees a layer's after its first use).
+    """
+    if spec.shares_prefix and (config.checkpoint_gradients or asked_to_shard()):
+        what = "gradient checkpointing" if config.checkpoint_gradients else "FSDP"
+        raise ConfigError(f"the shared instruction and {what} exclude each other", remedy="--no-share-prefix")
 
 
 @torch.no_grad()
@@ -143,9 +174,24 @@ def scale_item_inputs(model: DecoderModel, token_rms: float) -> None:
             title_map.weight.zero_()
 
 
+def plan_teacher(config: TeacherConfig, items: Artifact, data: Dataset, device: str) -> Plan:
+    """What training would take; neither the backbone's weights nor a tokenizer that no prompt needs are read."""
+    model = teacher_shape(config, items, data)
+    samples = teacher_samples(config.recipe, config.window, data)
+    bf16 = computes_in_bf16(config.train, resolve_device(device))
+    return plan_training(model, NextItemObjective(model), samples, config.train, bf16=bf16)
+
+
 def teacher_samples(recipe: RecipeConfig, window: WindowConfig, data: Dataset) -> Samples:
     """What a teacher, and after it its student, is trained on."""
     return training_samples(data.sequences, window, recipe.supervision, after_suffix=recipe.prompt == "slmrec")
+
+
+def teacher_stage(config: TeacherConfig, items: Artifact, data: Dataset) -> Stage:
+    """The run as a manifest names it."""
+    settings = settings_of(config) | {"backbone_hash": backbone_hash(config.backbone)}
+    parents = {"items": items, "data": data.artifact}
+    return Stage(name="train-teacher", kind="checkpoint", settings=settings, parents=parents)
 
 
 def train_teacher(
@@ -155,32 +201,35 @@ def train_teacher(
     require_same_catalogue(
         load_catalogue(items.path), data.items, model_name=str(items.path), data_name=str(data.artifact.path)
     )
-    settings = settings_of(config) | {"backbone_hash": backbone_hash(config.backbone)}
-    stage = Stage(
-        name="train-teacher", kind="checkpoint", settings=settings, parents={"items": items, "data": data.artifact}
-    )
-    if is_up_to_date(output, stage, force=force):
-        return open_artifact(output), True
+    stage = teacher_stage(config, items, data)
+    target = resolve_device(device)
+    connect(target)
+    there = on_main(lambda: existing(output, stage, force=force))
+    if there is not None:
+        return there, True
     model = build_teacher(config, items, data)
-    if config.tuning == "lora":
-        model.decoder = _with_lora(model.decoder)
-    work = work_folder(output)
-    log = _fit(model, data, config, work, stage.key, device)
+    prepare_training(model, config)
+    log = _fit(model, data, config, (work_folder(output), stage.key, target))
     if config.tuning == "lora":
         model.decoder = model.decoder.merge_and_unload()
-    with publish(output, stage) as folder:
-        save_checkpoint(folder, model.cpu(), log)
-        data.items.save(folder)
-    shutil.rmtree(work)
-    return open_artifact(output), False
+    return on_main(lambda: publish_checkpoint(output, stage, model, log, data.items)), False
+
+
+def prepare_training(model: DecoderModel, config: TeacherConfig) -> None:
+    """What is set up around the decoder's layers for training alone: LoRA, checkpoints of activations."""
+    require_prefix_shareable(model.spec, config.train)
+    if config.tuning == "lora":
+        model.decoder = _with_lora(model.decoder)
+    if config.train.checkpoint_gradients:
+        model.checkpoint_gradients()
 
 
 def _fit(
-    model: DecoderModel, data: Dataset, config: TeacherConfig, work: Path, key: str, device: str
+    model: DecoderModel, data: Dataset, config: TeacherConfig, run: tuple[Path, str, torch.device]
 ) -> list[dict[str, Any]]:
+    work, key, target = run
     samples = teacher_samples(config.recipe, config.window, data)
     cases = validation_cases(data.sequences)
-    target = resolve_device(device)
     task = Task(
         title="train-teacher",
         objective=NextItemObjective(model),

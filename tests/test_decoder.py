@@ -50,6 +50,25 @@ def test_a_shared_instruction_changes_neither_states_nor_gradients(tiny_model, f
             assert (value.grad - other.grad).abs().max() <= 1e-5 * scale, name
 
 
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_checkpoints_of_activations_change_no_gradient(tiny_model, family, prompt):
+    kept = tiny_model(family=family, prompt=prompt)
+    kept = DecoderModel(dataclasses.replace(kept.spec, share_prefix=False))
+    again = DecoderModel(kept.spec)
+    again.load_state_dict(kept.state_dict())
+    again.checkpoint_gradients()
+    calls = []
+    again.decoder.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    for model in (kept, again):
+        model.train()
+        torch.nn.functional.cross_entropy(model.score(HISTORIES), torch.tensor([5, 9])).backward()
+    assert len(calls) == 2, "the layer is computed again"
+    for (name, value), other in zip(kept.named_parameters(), again.parameters(), strict=True):
+        if value.grad is not None:
+            assert (value.grad - other.grad).abs().max() <= 1e-5 * value.grad.abs().max(), name
+
+
 def test_padding_gives_no_nan_in_bfloat16_with_gradients(tiny_model):
     model = tiny_model(prompt="none").train()
     with torch.autocast("cpu", dtype=torch.bfloat16):

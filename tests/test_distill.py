@@ -11,7 +11,8 @@ from compress.blocks import block_ends, kept_layers, state_index
 from compress.features import StoreSpec, build_store, teacher_says
 from compress.objective import DistillObjective, OnlineObjective, feature_targets, with_teacher
 from compress.student import build_student, require_distillable
-from slmrec.config import DistillConfig, OnlineConfig, TrainConfig, WindowConfig
+from slmrec.compress_config import DistillConfig, OnlineConfig
+from slmrec.config import TrainConfig, WindowConfig
 from slmrec.errors import ConfigError
 from slmrec.ragged import Ragged
 from slmrec.samples import training_samples

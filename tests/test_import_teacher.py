@@ -27,7 +27,8 @@ from transformers import LlamaModel
 from compress.distill import build_student
 from export.graph import ServingGraph
 from slmrec.artifact import open_artifact
-from slmrec.config import DistillConfig, ExportConfig, TrainConfig
+from slmrec.compress_config import DistillConfig
+from slmrec.config import ExportConfig, TrainConfig
 from slmrec.errors import DataError, SlmrecError
 from slmrec.models.checkpoint import load_decoder
 from slmrec.models.ranking import TorchRecommender

@@ -94,7 +94,8 @@ LOGS = {
     ("log", "name", "text", "titles"),
     [
         ("u.data", "u.item", "1|Toy Story (1995)|d||u|0|0|0|1|1\n", ("Toy Story (1995)", "Animation Children's")),
-        ("ratings.dat", "movies.dat", "1::Toy Story (1995)::Animation|Comedy\n", ("Toy Story (1995)", "Animation Comedy")),
+        ("ratings.dat", "movies.dat", "1::Toy Story (1995)::Animation|Comedy\n",
+         ("Toy Story (1995)", "Animation Comedy")),
         ("log.inter", "log.item", "item_id:token\tmovie_title:token_seq\tclass:token_seq\n1\tToy Story\tComedy\n",
          ("Toy Story", "Comedy")),
         ("sequences.txt", "titles.tsv", "1\tToy Story\tComedy\n", ("Toy Story", "Comedy")),

@@ -118,6 +118,15 @@ def test_the_same_command_again_is_up_to_date_and_another_needs_force(runs):
         call(runs, "quantize", "--accuracy-gate", 0.5)
 
 
+def test_a_dry_run_says_what_the_run_would_say(runs):
+    again = ["distill", "--num-layers", 2, "--num-blocks", 2, "--epochs", 8, "--warmup-steps", 10, *FAST, "--dry-run"]
+    assert json.loads(call(runs, *again, "--json"))["up_to_date"]
+    with pytest.raises(ArtifactError, match=r"--force.*train.epochs: 8 -> 9"):
+        call(runs, *again, "--epochs", 9)
+    assert json.loads(call(runs, *again, "--epochs", 9, "-o", runs / "new", "--json"))["dry_run"]
+    assert not (runs / "new").exists()
+
+
 def test_the_bundle_verifies_and_names_its_whole_lineage(runs):
     call(runs, "verify")
     assert open_artifact(runs / "bundle").stages[-2:] == ["export", "bundle"]
@@ -126,6 +135,7 @@ def test_the_bundle_verifies_and_names_its_whole_lineage(runs):
 
 def test_training_terms_are_logged_by_name(runs):
     records = [json.loads(line) for line in (runs / "student" / "training.jsonl").read_text().splitlines()]
+    assert set(records[0]["gradient_norms"]) == {"ce", "direction", "magnitude", "supervision"}
     terms = {name for record in records for name in record}
     assert {"ce", "direction_block_1", "direction_block_2", "magnitude_block_1", "supervision_block_1"} <= terms
 
@@ -145,6 +155,9 @@ def test_recommend_maps_external_ids_and_keeps_the_order(runs, tmp_path):
     [
         (["distill", "--num-layers", "9", "-o", "x"], "student would have 9 layers, the teacher has 4"),
         (["distill", "--num-layers", "2", "--num-blocks", "3"], "cannot be cut into num_blocks=3"),
+        (["distill", "--signal", "logits"], "belong to online distillation"),
+        (["distill", "--online", "--list-weight", "1"], "frozen teacher"),
+        (["distill", "--hidden-size", "32", "-o", "x"], "cannot be copied"),
         (["distill", "-m", "{runs}/items", "-o", "x"], "without a decoder"),
         (["distill", "-m", "{runs}/data", "-o", "x"], "is a dataset .*expected a checkpoint"),
         (["distill", "-m", "{runs}/nowhere", "-o", "x"], "does not exist"),

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from compress.quantize import Gate, decoder_linears, layer_errors, quantize_model
-from slmrec.config import QuantizeConfig
+from slmrec.compress_config import QuantizeConfig
 from slmrec.errors import ConfigError
 from slmrec.models.checkpoint import quantized_layers
 from slmrec.models.layers import Int8Linear, quantize_rows

@@ -6,8 +6,17 @@ from typing import Any
 import click
 
 from slmrec.cli.loading import choose, choose_student, resolve_output
-from slmrec.cli.options import common_options, data_option, dry_run_option, model_option, output_option, print_result
-from slmrec.config import DistillConfig, FeatureConfig, OnlineConfig, QuantizeConfig, TrainConfig
+from slmrec.cli.options import (
+    common_options,
+    data_option,
+    device_memory_options,
+    dry_run_option,
+    model_option,
+    output_option,
+    print_result,
+)
+from slmrec.compress_config import DistillConfig, FeatureConfig, OnlineConfig, QuantizeConfig
+from slmrec.config import TrainConfig
 from slmrec.errors import ConfigError
 
 
@@ -62,6 +71,9 @@ from slmrec.errors import ConfigError
     show_default=True,
     help="With --online: whether feature terms move the teacher.",
 )
+@click.option(
+    "--share-prefix/--no-share-prefix", default=True, show_default=True, help="Compute the instruction once per step."
+)
 @click.option("--epochs", default=4, show_default=True)
 @click.option("--patience", type=int, help="Epochs without a better validation NDCG@10  [default: train all epochs]")
 @click.option("--batch-size", default=16, show_default=True, help="Sequences in a step.")
@@ -69,6 +81,7 @@ from slmrec.errors import ConfigError
 @click.option("--item-learning-rate", default=1e-3, show_default=True, help="Peak rate of item table, maps and head.")
 @click.option("--warmup-steps", default=20, show_default=True)
 @click.option("--precision", type=click.Choice(["auto", "bf16", "fp32"]), default="auto", show_default=True)
+@device_memory_options
 @click.option("--save-every-steps", default=50, show_default=True, help="Steps between resumable states.")
 @model_option
 @data_option
@@ -84,17 +97,19 @@ def distill(
     teacher = choose(model, "teacher", "slmcompress train-teacher", "checkpoint")
     dataset = choose(data, "data", "slmcompress data FILE", "dataset")
     from compress.distill import distill as run
-    from compress.distill import student_samples
-    from compress.student import require_distillable
-    from slmrec.cli.stages import planned, trained
+    from compress.distill import distill_stage
+    from compress.plan import plan_distillation
+    from slmrec.cli.stages import already, planned, trained
     from slmrec.dataset import load_dataset
-    from slmrec.models.checkpoint import load_decoder
 
     output, log = resolve_output(output, "student"), load_dataset(dataset.path)
     if dry_run:
-        decoder = load_decoder(teacher)
-        require_distillable(decoder, config)
-        print_result(*planned(output, student_samples(teacher, decoder, log), config.train), as_json=as_json)
+        there = already(output, lambda: distill_stage(teacher, log, config), force=force)
+        if there is not None:
+            print_result(*trained(there, True), as_json=as_json)
+            return
+        plan, samples = plan_distillation(teacher, log, config, device)
+        print_result(*planned(output, samples, config.train, plan), as_json=as_json)
         return
     result = run(teacher, log, output, config, device=device, force=force)
     print_result(*trained(*result), as_json=as_json)

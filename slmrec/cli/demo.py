@@ -12,18 +12,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from slmrec.cli.options import print_result, say
+from slmrec.compress_config import DistillConfig, QuantizeConfig
 from slmrec.config import (
     BenchmarkConfig,
     DataConfig,
-    DistillConfig,
     ExportConfig,
-    QuantizeConfig,
     RecipeConfig,
     SasrecConfig,
     TeacherConfig,
     TrainConfig,
     WindowConfig,
-)  # fmt: skip
+)
 
 if TYPE_CHECKING:
     from slmrec.artifact import Artifact

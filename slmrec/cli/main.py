@@ -9,6 +9,7 @@ import click
 
 from slmrec.cli import artifacts, bench, build, data, demo, doctor, importing, train
 from slmrec.errors import ConfigError, SlmrecError
+from slmrec.processes import leave_the_message_to_the_main_process, process_count
 
 MACHINE_FAULTS = {
     errno.ENOSPC: "free some disk space, or another --output or --runs",
@@ -16,6 +17,9 @@ MACHINE_FAULTS = {
     errno.EACCES: "a folder you may write to (--output or --runs)",
     errno.EROFS: "a folder you may write to (--output or --runs)",
 }
+
+MANY_PROCESSES = ("train-items", "train-teacher", "distill")
+"""Commands that `accelerate launch` may start on many devices; all others are one process's work."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -37,6 +41,12 @@ def main(runs: Path | None) -> None:
 
     or all of them at once: slmcompress demo
     """  # noqa: D301 - click takes the control character for "leave these lines as they are"
+    command = click.get_current_context().invoked_subcommand
+    if process_count() > 1 and command not in MANY_PROCESSES:
+        raise ConfigError(
+            f"{command} is one process's work, but {process_count()} were started",
+            remedy=f"slmcompress {command}, without accelerate launch",
+        )
 
 
 for command in (
@@ -48,7 +58,10 @@ for command in (
 
 
 def run() -> None:
-    """The console script: errors a user can act on end with their message and exit code 2, Ctrl-C with 130."""
+    """The console script: errors a user can act on end with their message and exit code 2, Ctrl-C with 130.
+
+    Of many processes that all fail alike, the main one alone says so.
+    """
     try:
         _require_own_siblings()
         main(standalone_mode=False)
@@ -59,15 +72,18 @@ def run() -> None:
         click.echo("interrupted; nothing is lost, the same command goes on", err=True)
         sys.exit(130)
     except click.ClickException as error:
+        leave_the_message_to_the_main_process()
         error.show()
         sys.exit(error.exit_code)
     except SlmrecError as error:
+        leave_the_message_to_the_main_process()
         click.echo(f"Error: {error}", err=True)
         sys.exit(2)
     except OSError as error:
         remedy = MACHINE_FAULTS.get(error.errno or 0)
         if remedy is None:
             raise
+        leave_the_message_to_the_main_process()
         where = error.filename2 or error.filename or "while writing"
         click.echo(f"Error: {error.strerror}: {where}\nTry: {remedy}", err=True)
         sys.exit(2)
@@ -84,3 +100,7 @@ def _require_own_siblings() -> None:
                 f"the package {name!r} is {origin or 'missing'}, not the one of slmcompress in {home}",
                 remedy="a virtual environment of its own for slmcompress",
             )
+
+
+if __name__ == "__main__":
+    run()

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from slmrec.errors import ConfigError
+from slmrec.processes import is_main_process
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -31,6 +32,18 @@ def common_options(command: Command) -> Command:
                      help="Folder of default inputs and outputs  [default: $SLMCOMPRESS_RUNS or ./runs]"),
         click.option("-c", "--config", type=click.Path(dir_okay=False, path_type=Path), is_eager=True,
                      expose_value=False, callback=_read_config, help="TOML file with any flag of the command."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def device_memory_options(command: Command) -> Command:
+    """--accumulate and --checkpoint-gradients: the same step in less memory."""
+    for option in (
+        click.option("--checkpoint-gradients", is_flag=True,
+                     help="Compute activations twice instead of keeping them: less memory, more time."),
+        click.option("--accumulate", default=1, show_default=True,
+                     help="Micro-batches of a step on each device: less memory, the same gradient."),
     ):  # fmt: skip
         command = option(command)
     return command
@@ -66,12 +79,14 @@ def output_option(default: str) -> Callable[[Command], Command]:
 
 def say(message: str) -> None:
     """Progress and choices go to stderr, so that stdout stays one JSON object or one result."""
-    click.echo(message, err=True)
+    if is_main_process():
+        click.echo(message, err=True)
 
 
 def print_result(result: Mapping[str, Any], text: str, *, as_json: bool) -> None:
-    """The one print of a command."""
-    click.echo(json.dumps(result, allow_nan=False) if as_json else text)
+    """The one print of a command, whatever the number of processes."""
+    if is_main_process():
+        click.echo(json.dumps(result, allow_nan=False) if as_json else text)
 
 
 def _set_runs(context: click.Context, _: click.Parameter, value: Path | None) -> None:

@@ -1,12 +1,14 @@
 """What a command says of the artefact it made."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from slmrec.artifact import Artifact
+from slmrec.artifact import Artifact, Stage, existing
 from slmrec.config import TrainConfig
 from slmrec.models.checkpoint import TRAINING_FILE
+from slmrec.plan import Plan
 from slmrec.samples import Samples
 
 
@@ -38,8 +40,15 @@ def trained(artifact: Artifact, was_there: bool) -> tuple[dict[str, Any], str]:
     return result, text
 
 
-def planned(output: Path, samples: Samples, config: TrainConfig) -> tuple[dict[str, Any], str]:
-    """Result and text of a training stage's --dry-run."""
+def already(output: Path, stage: Callable[[], Stage], *, force: bool) -> Artifact | None:
+    """What a run would find in its place: this very artefact, none, or an error as the run itself would give."""
+    return existing(output, stage(), force=force) if output.exists() else None
+
+
+def planned(
+    output: Path, samples: Samples, config: TrainConfig, plan: Plan | None = None
+) -> tuple[dict[str, Any], str]:
+    """Result and text of a training stage's --dry-run; a decoder's has a plan of its sizes."""
     steps = -(-len(samples.lengths) // config.batch_size) * config.epochs
     result = {
         "output": str(output),
@@ -54,4 +63,4 @@ def planned(output: Path, samples: Samples, config: TrainConfig) -> tuple[dict[s
         f"would write {output}: {result['num_samples']} samples, {result['num_items_read']} items read and "
         f"{result['num_targets']} targets an epoch; {config.epochs} epochs, {steps} steps of {config.batch_size}"
     )
-    return result, text
+    return (result, text) if plan is None else (result | plan.to_json(), f"{text}\n{plan.to_text()}")

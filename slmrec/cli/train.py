@@ -6,7 +6,15 @@ from typing import Any
 import click
 
 from slmrec.cli.loading import choose, resolve_output
-from slmrec.cli.options import common_options, data_option, dry_run_option, model_option, output_option, print_result
+from slmrec.cli.options import (
+    common_options,
+    data_option,
+    device_memory_options,
+    dry_run_option,
+    model_option,
+    output_option,
+    print_result,
+)
 from slmrec.config import RecipeConfig, SasrecConfig, TeacherConfig, TrainConfig, WindowConfig
 
 
@@ -48,13 +56,17 @@ def train_items(
         ),
     )
     dataset = choose(data, "data", "slmcompress data FILE", "dataset")
-    from slmrec.cli.stages import planned, trained
+    from slmrec.cli.stages import already, planned, trained
     from slmrec.dataset import load_dataset
-    from slmrec.train_items import item_samples
+    from slmrec.train_items import item_samples, items_stage
     from slmrec.train_items import train_items as run
 
     output, log = resolve_output(output, "items"), load_dataset(dataset.path)
     if dry_run:
+        there = already(output, lambda: items_stage(config, log), force=force)
+        if there is not None:
+            print_result(*trained(there, True), as_json=as_json)
+            return
         print_result(*planned(output, item_samples(config, log), config.train), as_json=as_json)
         return
     result = run(log, output, config, device=device, force=force)
@@ -91,6 +103,7 @@ def train_items(
 @click.option("--item-learning-rate", default=1e-3, show_default=True, help="Peak rate of item table, maps and head.")
 @click.option("--warmup-steps", default=20, show_default=True)
 @click.option("--precision", type=click.Choice(["auto", "bf16", "fp32"]), default="auto", show_default=True)
+@device_memory_options
 @click.option("--save-every-steps", default=50, show_default=True, help="Steps between resumable states.")
 @model_option
 @data_option
@@ -118,17 +131,19 @@ def train_teacher(
     )
     items = choose(model, "items", "slmcompress train-items", "checkpoint")
     dataset = choose(data, "data", "slmcompress data FILE", "dataset")
-    from slmrec.cli.stages import planned, trained
+    from slmrec.cli.stages import already, planned, trained
     from slmrec.dataset import load_dataset
-    from slmrec.train_teacher import load_backbone, teacher_samples
+    from slmrec.train_teacher import plan_teacher, teacher_samples, teacher_stage
     from slmrec.train_teacher import train_teacher as run
 
     output, log = resolve_output(output, "teacher"), load_dataset(dataset.path)
     if dry_run:
-        load_backbone(config.backbone, config.num_layers)
-        print_result(
-            *planned(output, teacher_samples(config.recipe, config.window, log), config.train), as_json=as_json
-        )
+        there = already(output, lambda: teacher_stage(config, items, log), force=force)
+        if there is not None:
+            print_result(*trained(there, True), as_json=as_json)
+            return
+        samples, plan = teacher_samples(config.recipe, config.window, log), plan_teacher(config, items, log, device)
+        print_result(*planned(output, samples, config.train, plan), as_json=as_json)
         return
     result = run(items, log, output, config, device=device, force=force)
     print_result(*trained(*result), as_json=as_json)

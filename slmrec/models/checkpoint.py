@@ -1,6 +1,7 @@
 """Checkpoint folders: `config.json`, `model.safetensors`, `items.parquet`, and back to a model."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import nn
 
-from slmrec.artifact import Artifact, write_json
+from slmrec.artifact import Artifact, Stage, open_artifact, publish, work_folder, write_json
+from slmrec.catalogue import Catalogue
 from slmrec.config import RecipeConfig, SasrecConfig, TrainConfig, WindowConfig
 from slmrec.errors import ArtifactError
 from slmrec.models.decoder import DecoderModel, DecoderSpec
@@ -30,19 +32,41 @@ def save_checkpoint(folder: Path, model: Sasrec | DecoderModel, training: list[d
         (folder / TRAINING_FILE).write_text(lines, encoding="utf-8")
 
 
-def load_model(artifact: Artifact) -> Sasrec | DecoderModel:
-    """The model of a checkpoint artefact, on the CPU, in training mode."""
+def publish_checkpoint(
+    output: Path, stage: Stage, model: Sasrec | DecoderModel, training: list[dict[str, Any]], items: Catalogue
+) -> Artifact:
+    """Make a trained model an artefact, on the CPU, and remove what its training kept to be resumed."""
+    work = work_folder(output)
+    with publish(output, stage) as folder:
+        save_checkpoint(folder, model.cpu(), training)
+        items.save(folder)
+    shutil.rmtree(work)
+    return open_artifact(output)
+
+
+def build_model(artifact: Artifact) -> Sasrec | DecoderModel:
+    """The model of a checkpoint artefact with random weights: its shapes, as a plan needs them."""
     config = json.loads((artifact.path / CONFIG_FILE).read_text(encoding="utf-8"))
     model = _from_json(config)
     for name in config.get("quantization", {}).get("layers", []):
         replace_linear(model, name, Int8Linear.from_linear(linear_at(model, name)))
+    return model
+
+
+def load_model(artifact: Artifact) -> Sasrec | DecoderModel:
+    """The model of a checkpoint artefact, on the CPU, in training mode."""
+    model = build_model(artifact)
     model.load_state_dict(load_file(artifact.path / WEIGHTS_FILE))
     return model
 
 
 def load_decoder(artifact: Artifact) -> DecoderModel:
     """The model of a checkpoint that has to be a decoder (a teacher or a student)."""
-    model = load_model(artifact)
+    return require_decoder(load_model(artifact), artifact)
+
+
+def require_decoder(model: Sasrec | DecoderModel, artifact: Artifact) -> DecoderModel:
+    """The model, unless it is of another kind than a decoder."""
     if not isinstance(model, DecoderModel):
         raise ArtifactError(
             f"{artifact.path} is a {artifact.stage} checkpoint without a decoder",

@@ -45,6 +45,11 @@ class DecoderSpec:
         """Where tokens stand."""
         return Layout(self.prefix_length, self.suffix_length, self.max_history, self.recipe.positions, self.masked_ids)
 
+    @property
+    def shares_prefix(self) -> bool:
+        """Whether there is an instruction whose keys and values are computed once for all rows."""
+        return self.share_prefix and self.prefix_length > 0
+
 
 def decoder_settings(config: Any, num_layers: int) -> dict[str, Any]:
     """A transformers config cut to its first `num_layers` layers and freed of its vocabulary."""
@@ -113,6 +118,18 @@ class DecoderModel(nn.Module):
         """Depth of the decoder."""
         return int(self.spec.decoder["num_hidden_layers"])
 
+    def checkpoint_gradients(self) -> None:
+        """Keep each layer's input alone in training, and compute the layer again for its gradient.
+
+        The instruction must not be shared: a layer computed twice would add to its keys and values twice.
+        """
+        from transformers.utils import logging
+
+        assert not self.spec.shares_prefix
+        logging.set_verbosity_error()  # it misses the token embedding, which no gradient goes through here
+        renamed = getattr(self.decoder, "activation_checkpointing_enable", None)  # in transformers 5.23
+        (renamed or self.decoder.gradient_checkpointing_enable)({"use_reentrant": False})
+
     def item_inputs(self, item_ids: Int64[Tensor, "*shape"]) -> Float[Tensor, "*shape hidden"]:
         """What the decoder reads for each item."""
         vectors: Tensor = self.item_proj(self.item_table(item_ids))
@@ -138,7 +155,7 @@ class DecoderModel(nn.Module):
         positions = torch.cat([item_positions(item_ids, layout), suffix_positions(item_ids, layout)], dim=1)
         attended = attended_items(item_ids, layout)
         real = torch.cat([attended, attended.new_ones(batch, layout.suffix_length)], dim=1)
-        cache = self._shared_prefix(batch) if layout.prefix_length and self.spec.share_prefix else None
+        cache = self._shared_prefix(batch) if self.spec.shares_prefix else None
         if layout.prefix_length:
             real = torch.cat([real.new_ones(batch, layout.prefix_length), real], dim=1)
             if cache is None:

@@ -1,5 +1,6 @@
 """From a model's scores to a ranked list: the call that every PyTorch model answers alike."""
 
+import os
 from typing import Any, Protocol
 
 import numpy as np
@@ -92,9 +93,10 @@ class TorchRecommender:
 
 
 def resolve_device(device: str) -> torch.device:
-    """Auto is a GPU where there is one; asking for a GPU that is not there is an error."""
+    """Auto is a GPU where there is one (`accelerate launch --cpu` aside); asking for one not there is an error."""
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        forbidden = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+        return torch.device("cuda" if torch.cuda.is_available() and not forbidden else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         from slmrec.errors import ConfigError
 

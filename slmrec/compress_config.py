@@ -1,0 +1,143 @@
+"""Settings of distillation and quantization, as `slmrec.config` has those of the other stages."""
+
+from dataclasses import dataclass, field
+
+from slmrec.checks import require, require_choice, require_least
+from slmrec.config import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureConfig:
+    """Where the features of a frozen teacher come from."""
+
+    source: str = "stored"
+    """stored: computed once, before training; live: by the teacher at every step, as the published code does."""
+    dtype: str = "bfloat16"
+    """bfloat16 or float32, of what is stored."""
+    keep: bool = False
+    """Leave the store beside the output, for further students of the same teacher."""
+
+    def __post_init__(self) -> None:
+        require_choice("source", self.source, ("stored", "live"))
+        require_choice("dtype", self.dtype, ("bfloat16", "float32"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnlineConfig:
+    """Teacher and student trained together (SLMRec, section 3.3)."""
+
+    signal: str = "features"
+    """features: direction and magnitude; logits: KL divergence of the adapters' logits, block by block."""
+    teacher_gradient: bool = False
+    """Whether the feature terms move the teacher too."""
+
+    def __post_init__(self) -> None:
+        require_choice("signal", self.signal, ("features", "logits"))
+        require(
+            not (self.teacher_gradient and self.signal == "logits"),
+            "logits of the teacher are detached, so no gradient can reach it through them",
+            "--no-teacher-gradient, or --signal features",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """How a student is distilled from its teacher (SLMRec, arXiv:2405.17890, eq. 6)."""
+
+    num_layers: int = 4
+    """Decoder layers of the student."""
+    hidden_size: int | None = None
+    """Width of the student's decoder; None = the teacher's."""
+    num_blocks: int = 4
+    """Blocks both models are cut into; features are matched at each block's last layer."""
+    init: str = "teacher"
+    """teacher: evenly spaced layers of the teacher; teacher-first: its first layers; backbone: first layers of the
+    pretrained decoder; random: none."""
+    item_table: str = "trainable"
+    """trainable: the student goes on training the teacher's item table; frozen: it shares it as it is."""
+    loss: str = "paper"
+    """paper: terms are means over blocks and distances are squared; repo: they are sums and distances are not."""
+    direction_weight: float = 1.0
+    """Weight of the cosine term, lambda_1."""
+    magnitude_weight: float = 0.1
+    """Weight of the distance, lambda_2."""
+    supervision_weight: float = 0.1
+    """Weight of the multiple-supervision term, lambda_3."""
+    list_weight: float = 0.0
+    """Weight of the divergence from the teacher's scores of its best items; 0 = off, as in the paper."""
+    list_size: int = 50
+    """Best items of the teacher that the list term compares."""
+    magnitude_scale: str = "hidden"
+    """hidden: distances are relative to the teacher's mean norm; none: the paper's."""
+    share_prefix: bool = True
+    """Compute the instruction once per step where the teacher does."""
+    features: FeatureConfig = field(default_factory=FeatureConfig)
+    online: OnlineConfig | None = None
+    """Train the teacher as well, at the same time; None keeps it frozen."""
+    train: TrainConfig
+
+    def __post_init__(self) -> None:
+        require_least(self, num_layers=1, hidden_size=1, list_size=2)
+        require(
+            1 <= self.num_blocks <= self.num_layers,
+            f"num_layers={self.num_layers} cannot be cut into num_blocks={self.num_blocks} blocks",
+            f"--num-blocks between 1 and {self.num_layers}",
+        )
+        require_choice("init", self.init, ("teacher", "teacher-first", "backbone", "random"))
+        require_choice("item_table", self.item_table, ("trainable", "frozen"))
+        require_choice("loss", self.loss, ("paper", "repo"))
+        require_choice("magnitude_scale", self.magnitude_scale, ("hidden", "none"))
+        weights = (self.direction_weight, self.magnitude_weight, self.supervision_weight, self.list_weight)
+        require(min(weights) >= 0, f"a loss weight of {min(weights)} is negative", "weights of 0 or more")
+        require(
+            self.supervision_weight == 0 or self.num_blocks >= 2,
+            "multiple supervision needs a block before the last, but num_blocks=1",
+            "--num-blocks 2 or more, or --supervision-weight 0",
+        )
+        require(
+            self.hidden_size is None or self.init == "random",
+            f"layers of another width than hidden_size={self.hidden_size} cannot be copied (init={self.init})",
+            "--init random with --hidden-size",
+        )
+        self._check_online()
+
+    def _check_online(self) -> None:
+        if self.online is None:
+            return
+        require(
+            self.list_weight == 0,
+            "the list term reads stored scores of a frozen teacher, which online distillation does not have",
+            "--list-weight 0, or leave out --online",
+        )
+        require(
+            self.online.signal == "features" or self.supervision_weight > 0,
+            "online logits are those of the multiple-supervision adapters, but supervision_weight=0",
+            "--supervision-weight above 0, or --signal features",
+        )
+
+    @property
+    def matches_features(self) -> bool:
+        """Whether any term compares features of student and teacher."""
+        by_signal = self.online is None or self.online.signal == "features"
+        return by_signal and (self.direction_weight > 0 or self.magnitude_weight > 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeConfig:
+    """8-bit weights per output channel, 8-bit activations per token."""
+
+    bits: int = 8
+    accuracy_gate: float = 0.99
+    """Least NDCG@10 on validation users, as a fraction of the fp32 parent's."""
+    keep_fp: tuple[str, ...] = ()
+    """Glob patterns of linear layers that stay fp32, such as layers.3.mlp.down_proj."""
+    auto_keep: bool = False
+    """Keep the layers with the largest 8-bit error in fp32 until the gate holds."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.bits == 8,
+            f"bits={self.bits} is not supported: no measured runtime gains from fewer bits at these sizes",
+            "--bits 8",
+        )
+        require(0 < self.accuracy_gate <= 1, f"accuracy_gate={self.accuracy_gate} is no share", "--accuracy-gate 0.99")
