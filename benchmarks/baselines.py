@@ -24,6 +24,7 @@ from cells import METRICS, cell
 from recording import record
 from slmrec_table import prepared
 
+from slmrec.artifact import canonical_hash, file_sha256
 from slmrec.dataset import Dataset
 from slmrec.evaluate import Accuracy, evaluate, held_out_cases
 from slmrec.recommender import Histories, TopK
@@ -190,7 +191,8 @@ def main() -> None:
     rows = []
     for model in arguments.models.split(","):
         path = runs / "cells" / f"{model}-{arguments.seed}.json"
-        rows.append(cell(path, lambda m=model: measured(m, data, runs, arguments.seed)))
+        key = canonical_hash([data.hash, *(file_sha256(script) for script in (PEER / "run.py", Path(__file__)))])
+        rows.append(cell(path, key, lambda m=model: measured(m, data, runs, arguments.seed)))
     info = {key: data.info[key] for key in ("num_users", "num_items", "num_interactions", "num_tied_targets")}
     result = {
         "dataset": info | {"hash": data.hash},

@@ -17,12 +17,17 @@ from slmrec.metrics import compare, holm, mean_intervals, ndcg, ratio_of_means
 METRICS = ("hr@1", "hr@5", "hr@10", "ndcg@5", "ndcg@10", "mrr")
 
 
-def cell(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The cell's content, computed unless it is there; written beside its place and renamed."""
+def cell(path: Path, key: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The cell's content, computed unless it is there by the same key; written beside its place and renamed.
+
+    The key names all that the content depends on, such as an artefact's hash or a stage's key.
+    """
     if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if content.get("key") == key:
+            return content
     start = time.perf_counter()
-    content = compute()
+    content = {**compute(), "key": key}
     content["seconds"] = round(time.perf_counter() - start, 1)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")

@@ -4,7 +4,7 @@
 
 SLMRec's Figure 2 shows early exits of a deep teacher (worst in the middle, and poor at the last layer but one), and
 its reviewers asked why. Here exits are read with the final norm and without it, beside teachers trained at each depth.
-ML-100K; cells are kept below --runs and found again.
+ML-100K; exits are those of the first seed; cells are kept below --runs and found again.
 """
 
 import argparse
@@ -100,19 +100,23 @@ def main() -> None:
     depths, seeds = ([int(n) for n in text.split(",")] for text in (arguments.depths, arguments.seeds))
     data = prepared("ml-100k", None, arguments.runs)
     trained: dict[int, list[float]] = {depth: [] for depth in depths}
-    sasrec, last = [], None
+    sasrec, deepest = [], None
     for seed in seeds:
         items_config, teacher_config, _ = recipes("ml-100k", seed)
         at = arguments.runs / f"seed-{seed}"
         items, _ = train_items(data, at / "items", items_config)
-        sasrec.append(cell(at / "cells" / "SASRec-CE.json", lambda i=items: measured(i, data))["test"]["ndcg@10"])
+        sasrec.append(
+            cell(at / "cells" / "SASRec-CE.json", items.hash, lambda i=items: measured(i, data))["test"]["ndcg@10"]
+        )
         for depth in depths:
             config = replace(teacher_config, num_layers=depth)
-            last, _ = train_teacher(items, data, at / f"teacher-{depth}", config)
-            found = cell(at / "cells" / f"teacher-{depth}.json", lambda t=last: measured(t, data))
+            teacher, _ = train_teacher(items, data, at / f"teacher-{depth}", config)
+            found = cell(at / "cells" / f"teacher-{depth}.json", teacher.hash, lambda t=teacher: measured(t, data))
+            if depth == max(depths) and seed == seeds[0]:
+                deepest = teacher
             trained[depth].append(found["test"]["ndcg@10"])
-    assert last is not None
-    early = cell(arguments.runs / "exits.json", lambda: exits(last, data))["exits"]
+    assert deepest is not None
+    early = cell(arguments.runs / "exits.json", deepest.hash, lambda: exits(deepest, data))["exits"]
     result = {
         "dataset": "ml-100k",
         "sasrec": float(np.mean(sasrec)),

@@ -21,7 +21,7 @@ from recording import record
 from slmrec_table import NONE, prepared, recipes
 
 from compress.blocks import block_ends, state_index
-from compress.distill import distill
+from compress.distill import distill, distill_stage
 from slmrec.artifact import Artifact, Stage, open_artifact, publish
 from slmrec.cli.loading import load_recommender
 from slmrec.compress_config import DistillConfig, FeatureConfig, OnlineConfig
@@ -123,14 +123,14 @@ def main() -> None:
         for row in ("teacher", "CE", "SLMRec"):
             rows.setdefault(row, []).append(json.loads((at / "cells" / f"{row}.json").read_text(encoding="utf-8")))
         for row, (teacher, config) in variants(seed).items():
-            rows.setdefault(row, []).append(
-                cell(
-                    at / "cells" / f"{row}.json",
-                    lambda t=at / teacher, c=config, o=at / row: measured(
-                        distill(open_artifact(t), data, o, c)[0], data
-                    ),
-                )
+            parent = open_artifact(at / teacher)
+            key = distill_stage(parent, data, config).key
+            made = cell(
+                at / "cells" / f"{row}.json",
+                key,
+                lambda p=parent, c=config, o=at / row: measured(distill(p, data, o, c)[0], data),
             )
+            rows.setdefault(row, []).append(made)
         inside.append(likeness(at, data, ["CE", "SLMRec", "untrained teacher"]))
     lines = summarize(rows, against="CE", teacher="teacher")
     record("reviewers", {"dataset": "ml-100k", "rows": lines, "likeness_by_seed": inside})

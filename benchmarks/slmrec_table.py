@@ -16,7 +16,7 @@ from typing import Any
 from cells import cell, measured, summarize
 from recording import record
 
-from compress.distill import distill
+from compress.distill import distill, distill_stage
 from slmrec.artifact import Artifact
 from slmrec.cli.loading import load_recommender
 from slmrec.compress_config import DistillConfig, FeatureConfig
@@ -87,15 +87,17 @@ def fill(name: str, data: Dataset, runs: Path, seed: int, wanted: list[str]) -> 
     items_config, teacher_config, student_config = recipes(name, seed)
     at = runs / f"seed-{seed}"
     items, _ = train_items(data, at / "items", items_config)
-    found = {"SASRec-CE": cell(at / "cells" / "SASRec-CE.json", lambda: measured(items, data))}
+    found = {"SASRec-CE": cell(at / "cells" / "SASRec-CE.json", items.hash, lambda: measured(items, data))}
     if wanted == ["SASRec-CE"]:
         return found
     teacher, _ = train_teacher(items, data, at / "teacher", teacher_config)
-    found["teacher"] = cell(at / "cells" / "teacher.json", lambda: measured(teacher, data))
+    found["teacher"] = cell(at / "cells" / "teacher.json", teacher.hash, lambda: measured(teacher, data))
     for row, weights in STUDENTS.items():
         if row in wanted:
             config = replace(student_config, features=FeatureConfig(keep=True), **weights)
-            found[row] = cell(at / "cells" / f"{row}.json", lambda c=config, r=row: _student(teacher, data, at / r, c))
+            key = distill_stage(teacher, data, config).key
+            path = at / "cells" / f"{row}.json"
+            found[row] = cell(path, key, lambda c=config, r=row: _student(teacher, data, at / r, c))
     return found
 
 

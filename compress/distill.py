@@ -1,35 +1,38 @@
 """distill: a small student follows the teacher's features block by block (SLMRec, arXiv:2405.17890)."""
 
 import copy
-import shutil
+import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from compress.features import Reader, StoreSpec, build_store, live_reader
+from compress.features import Reader, StoreSpec, build_store, drop_store, live_reader
 from compress.objective import DistillObjective, OnlineObjective, with_teacher
-from compress.student import build_student, require_distillable
+from compress.student import build_student, online_teacher_spec, require_distillable
 from slmrec.artifact import Artifact, Stage, existing, work_folder
 from slmrec.catalogue import load_catalogue, require_same_catalogue
 from slmrec.compress_config import DistillConfig
 from slmrec.config import WindowConfig, settings_of
 from slmrec.dataset import Dataset
 from slmrec.evaluate import validation_ndcg
-from slmrec.models.checkpoint import load_decoder, publish_checkpoint
+from slmrec.locks import claimed, one_run_at_a_time
+from slmrec.models.checkpoint import CONFIG_FILE, load_decoder, publish_checkpoint
 from slmrec.models.decoder import DecoderModel
 from slmrec.models.ranking import TorchRecommender, resolve_device
 from slmrec.processes import connect, on_main
 from slmrec.samples import Samples
 from slmrec.sequences import validation_cases
 from slmrec.train import Batch, Task, train
-from slmrec.train_teacher import ITEM_PARAMETERS, teacher_samples
+from slmrec.train_teacher import ITEM_PARAMETERS, backbone_hash, teacher_samples
 
 DISTILLED_PARAMETERS = (*ITEM_PARAMETERS, "projections")
 """Parameters that learn at the item learning rate."""
 
 
+@one_run_at_a_time
 def distill(
     teacher_artifact: Artifact,
     data: Dataset,
@@ -54,16 +57,17 @@ def distill(
     teacher = load_decoder(teacher_artifact)
     require_distillable(teacher, config)
     student = build_student(teacher, config)
-    work = work_folder(output)
+    if config.online is not None:
+        teacher.spec = online_teacher_spec(teacher, config)
     samples = student_samples(teacher_artifact, teacher, data)
     key = store_spec(teacher, config).key(teacher_artifact.hash, samples)
     shelf = output.parent / f".features-{key[:16]}"
-    reader = _reader(teacher, samples, config, (shelf, key, target))
-    task = _task(teacher, student, (samples, reader), data, config)
-    progress = train(task, config.train, work, stage.key, target)
-    made = on_main(lambda: publish_checkpoint(output, stage, student, progress.log, data.items))
-    if not config.features.keep:
-        on_main(lambda: shutil.rmtree(shelf, ignore_errors=True))
+    with claimed(shelf) if stores_features(teacher, config) else nullcontext():
+        reader = _reader(teacher, samples, config, (shelf, key, target))
+        task = _task(teacher, student, (samples, reader), data, config)
+        progress = train(task, config.train, work_folder(output), stage.key, target)
+        made = on_main(lambda: publish_checkpoint(output, stage, student, progress.log, data.items))
+        on_main(lambda: drop_store(shelf, keep=config.features.keep))
     return made, False
 
 
@@ -71,9 +75,17 @@ def distill_stage(teacher: Artifact, data: Dataset, config: DistillConfig) -> St
     """The run as a manifest names it."""
     settings = settings_of(config)
     del settings["features"]["keep"]  # what is left on the shelf changes nothing in the student
+    if config.init == "backbone":
+        settings["backbone_hash"] = backbone_hash(teacher_backbone(teacher))
     return Stage(
         name="distill", kind="checkpoint", settings=settings, parents={"teacher": teacher, "data": data.artifact}
     )
+
+
+def teacher_backbone(teacher: Artifact) -> str:
+    """Name of the pretrained decoder that a teacher was made from."""
+    config = json.loads((teacher.path / CONFIG_FILE).read_text(encoding="utf-8"))
+    return str(config["spec"]["backbone"]) if "spec" in config else ""
 
 
 def store_spec(teacher: DecoderModel, config: DistillConfig) -> StoreSpec:
@@ -84,6 +96,12 @@ def store_spec(teacher: DecoderModel, config: DistillConfig) -> StoreSpec:
         dtype=config.features.dtype,
         list_size=min(config.list_size, teacher.num_items) if config.list_weight else 0,
     )
+
+
+def stores_features(teacher: DecoderModel, config: DistillConfig) -> bool:
+    """Whether a frozen teacher's features are computed before training."""
+    needed = bool(store_spec(teacher, config).columns())
+    return needed and config.online is None and config.features.source == "stored"
 
 
 def student_samples(artifact: Artifact, teacher: DecoderModel, data: Dataset) -> Samples:
@@ -138,7 +156,7 @@ def _reader(
     if config.online is not None or not spec.columns():
         return None
     frozen = copy.copy(teacher).to(device).eval()
-    if config.features.source == "live":
+    if not stores_features(teacher, config):
         return live_reader(frozen, samples, spec)
     store = on_main(lambda: build_store(frozen, samples, spec, shelf, key))
     teacher.cpu()

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -127,14 +128,30 @@ def build_store(teacher: DecoderModel, samples: Samples, spec: StoreSpec, folder
             if (number + 1) % SAVE_EVERY_BATCHES == 0 or number + 1 == len(batches):
                 for column in columns.values():
                     column.flush()
-                _note_done(folder / NOTE_FILE, key, number + 1)
+                _note(folder / NOTE_FILE, {"key": key, "batches": number + 1})
             bar(1)
     return store
 
 
+def drop_store(folder: Path, *, keep: bool) -> None:
+    """Remove a store that no run asked to keep; one that is kept says so, to the next run as well."""
+    note = folder / NOTE_FILE
+    if not note.exists():
+        return
+    recorded = json.loads(note.read_text(encoding="utf-8"))
+    if keep:
+        _note(note, recorded | {"keep": True})
+    elif not recorded.get("keep"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def live_reader(teacher: DecoderModel, samples: Samples, spec: StoreSpec) -> Reader:
     """Ask the teacher at every step, as the published code does; what a store is measured against."""
-    return lambda rows: teacher_says(teacher, samples.batch(rows), spec)
+
+    def read(rows: np.ndarray) -> dict[str, Tensor]:
+        return {name: value.cpu() for name, value in teacher_says(teacher, samples.batch(rows), spec).items()}
+
+    return read
 
 
 @torch.no_grad()
@@ -183,9 +200,9 @@ def _batches_done(store: FeatureStore, key: str) -> int:
     return int(recorded["batches"]) if recorded["key"] == key else 0
 
 
-def _note_done(note: Path, key: str, batches: int) -> None:
+def _note(note: Path, content: Mapping[str, Any]) -> None:
     partial = note.with_suffix(".partial")
-    partial.write_text(json.dumps({"key": key, "batches": batches}), encoding="utf-8")
+    partial.write_text(json.dumps(content), encoding="utf-8")
     partial.rename(note)
 
 
@@ -198,7 +215,8 @@ def _reserve(store: FeatureStore) -> None:
             except OSError as error:
                 if error.errno != errno.ENOSPC:
                     raise
-                stream.truncate(0)
+                for written in store.folder.glob("*.bin"):
+                    os.truncate(written, 0)
                 free = shutil.disk_usage(store.folder).free
                 raise ConfigError(
                     f"the teacher's features need {store.size_bytes / 1e6:.0f} MB, {store.folder} has "

@@ -19,6 +19,7 @@ from slmrec.config import settings_of
 from slmrec.dataset import Dataset
 from slmrec.errors import CheckError, ConfigError
 from slmrec.evaluate import VALIDATION_PROTOCOL, Accuracy, evaluate
+from slmrec.locks import one_run_at_a_time
 from slmrec.metrics import ratio_of_means
 from slmrec.models.checkpoint import linear_at, load_decoder, quantized_layers, replace_linear, save_checkpoint
 from slmrec.models.decoder import DecoderModel
@@ -67,6 +68,7 @@ class Gate:
         return text + (f"; not resolved by {self.num_users} users" if self.underpowered else "")
 
 
+@one_run_at_a_time
 def quantize(
     parent: Artifact, data: Dataset, output: Path, config: QuantizeConfig, *, device: str = "auto", force: bool = False
 ) -> tuple[Artifact, bool]:

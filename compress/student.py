@@ -1,18 +1,18 @@
 """The student before training: what it takes from its teacher, or from the pretrained decoder."""
 
-import math
 from dataclasses import replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from compress.blocks import kept_layers
 from slmrec.compress_config import DistillConfig
 from slmrec.errors import ConfigError
 from slmrec.models.checkpoint import quantized_layers
 from slmrec.models.decoder import DecoderModel, DecoderSpec, decoder_settings
+from slmrec.processes import process_count
 from slmrec.train_teacher import load_backbone, require_prefix_shareable
 
 
@@ -33,6 +33,24 @@ def require_distillable(teacher: DecoderModel, config: DistillConfig) -> None:
             remedy="--supervision-weight 0, or a teacher with --head tied",
         )
     require_prefix_shareable(student_spec(teacher, config), config.train)
+    if config.online is not None:
+        require_prefix_shareable(online_teacher_spec(teacher, config), config.train)
+        _require_whole_steps(config)
+
+
+def _require_whole_steps(config: DistillConfig) -> None:
+    """Refuse to cut a step up where its parts would be scaled by norms of a teacher that only the whole step has."""
+    scaled = config.matches_features and config.magnitude_weight > 0 and config.magnitude_scale == "hidden"
+    if scaled and (config.train.accumulate > 1 or process_count() > 1):
+        raise ConfigError(
+            "online, each part of a step would divide its distances by its own teacher's norm",
+            remedy="--l2-scale none, --magnitude-weight 0, or one process and --accumulate 1",
+        )
+
+
+def online_teacher_spec(teacher: DecoderModel, config: DistillConfig) -> DecoderSpec:
+    """The teacher's shape where it is trained as well."""
+    return replace(teacher.spec, share_prefix=teacher.spec.share_prefix and config.share_prefix)
 
 
 def student_spec(teacher: DecoderModel, config: DistillConfig) -> DecoderSpec:
@@ -56,6 +74,7 @@ def build_student(teacher: DecoderModel, config: DistillConfig) -> DecoderModel:
         return student
     if config.init == "backbone":
         decoder: Any = load_backbone(teacher.spec.backbone, config.num_layers).decoder
+        _require_same_shapes(student.decoder.layers[0], decoder.layers[0], teacher.spec.backbone)
         sources = list(range(config.num_layers))
     else:
         decoder = teacher.decoder
@@ -65,6 +84,14 @@ def build_student(teacher: DecoderModel, config: DistillConfig) -> DecoderModel:
         layer.load_state_dict(decoder.layers[source].state_dict())
     student.decoder.norm.load_state_dict(decoder.norm.state_dict())
     return student
+
+
+def _require_same_shapes(ours: nn.Module, theirs: nn.Module, name: str) -> None:
+    shapes = [{n: tuple(v.shape) for n, v in layer.state_dict().items()} for layer in (ours, theirs)]
+    if shapes[0] != shapes[1]:
+        raise ConfigError(
+            f"layers of the backbone {name} have other shapes than the teacher's", remedy="--init teacher"
+        )
 
 
 def student_settings(teacher: DecoderModel, config: DistillConfig) -> dict[str, Any]:
@@ -115,9 +142,9 @@ def _copy_items(student: DecoderModel, teacher: DecoderModel, *, narrower: bool)
 
 
 def _projected(tokens: Float[Tensor, "tokens hidden"], width: int) -> Float[Tensor, "tokens narrower"]:
-    """Token vectors in fewer dimensions, at their own scale: a random projection keeps their geometry."""
+    """Token vectors in fewer dimensions, at their own RMS: a random projection keeps their geometry."""
     if not len(tokens):
         return tokens.new_zeros(0, width)
     directions, _ = torch.linalg.qr(torch.randn(tokens.shape[1], width))
-    projected: Tensor = tokens @ directions * math.sqrt(tokens.shape[1] / width)
+    projected: Tensor = tokens @ directions
     return projected

@@ -16,12 +16,14 @@ from slmrec.artifact import Artifact, Stage, file_sha256, is_up_to_date, open_ar
 from slmrec.catalogue import ITEMS_FILE, load_catalogue, require_same_catalogue
 from slmrec.dataset import Dataset
 from slmrec.errors import DataError
+from slmrec.locks import one_run_at_a_time
 from slmrec.sequences import test_cases
 
 SUMS_FILE, GOLDEN_FILE, RULE_FILE, BENCHMARK_FILE = "SHA256SUMS", "golden.npz", "rule.json", "benchmark.json"
 MAX_GOLDEN = 64
 
 
+@one_run_at_a_time
 def bundle(
     graph: Artifact, data: Dataset, output: Path, *, report: Path | None = None, force: bool = False
 ) -> tuple[Artifact, bool]:

@@ -18,6 +18,7 @@ from slmrec.artifact import Artifact, Stage, is_up_to_date, open_artifact, publi
 from slmrec.catalogue import load_catalogue, require_same_catalogue
 from slmrec.config import ExportConfig, settings_of
 from slmrec.dataset import Dataset
+from slmrec.locks import one_run_at_a_time
 from slmrec.models.checkpoint import load_decoder, quantized_layers
 from slmrec.models.decoder import DecoderModel
 from slmrec.models.ranking import TorchRecommender
@@ -27,6 +28,7 @@ BUCKET_STEP = 8
 INPUTS, OUTPUTS = ["item_ids", "exclude_ids"], ["top_items", "top_scores"]
 
 
+@one_run_at_a_time
 def export_checkpoint(
     checkpoint: Artifact, data: Dataset, output: Path, config: ExportConfig, *, force: bool = False
 ) -> tuple[Artifact, bool]:

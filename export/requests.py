@@ -16,6 +16,8 @@ from slmrec.ragged import Ragged
 from slmrec.recommender import PAD, Histories, Recommender, TopK
 
 CHUNK = 4096
+LONGEST_CELL = 1 << 27
+"""Characters of a CSV cell: a history of millions."""
 FORMATS = (".jsonl", ".csv", ".parquet")
 SCHEMA = pa.schema([("user", pa.string()), ("items", pa.list_(pa.string())), ("scores", pa.list_(pa.float32()))])
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
@@ -113,6 +115,7 @@ def _read(source: Path) -> Iterator[Request]:
                 yield _request(record, number, source)
     else:
         with source.open(encoding="utf-8-sig", newline="") as lines:
+            csv.field_size_limit(LONGEST_CELL)
             for number, record in enumerate(csv.DictReader(lines), 2):
                 yield _request(record, number, source)
 
@@ -180,8 +183,8 @@ class _Writer:
             if self.csv is None:
                 self.text.write(json.dumps({"user": user, "items": ids, "scores": scores}) + "\n")
             else:
-                spaced = any(len(item.split()) != 1 for item in ids)
-                cell = json.dumps(ids) if spaced else " ".join(ids)
+                plain = all(len(item.split()) == 1 for item in ids) and not "".join(ids[:1]).startswith("[")
+                cell = " ".join(ids) if plain else json.dumps(ids)
                 self.csv.writerow([_cell(user), _cell(cell), " ".join(f"{score:.6g}" for score in scores)])
 
 

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from slmrec.errors import ArtifactError
-from slmrec.locks import claim, release
-from slmrec.processes import is_main_process
+from slmrec.locks import claimed
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
@@ -96,8 +95,16 @@ def file_sha256(path: Path) -> str:
 
 
 def is_up_to_date(output: Path, stage: Stage, *, force: bool) -> bool:
-    """True when `output` already holds this very run; an error when it holds another and `force` is not set."""
+    """True when `output` already holds this very run; an error when it holds another and `force` is not set.
+
+    The caller has the output to itself (`slmrec.locks`).
+    """
     _restore_interrupted(output)
+    return is_made(output, stage, force=force)
+
+
+def is_made(output: Path, stage: Stage, *, force: bool) -> bool:
+    """As `is_up_to_date`, of a caller that changes nothing."""
     if not output.exists():
         return False
     _require_ours(output)
@@ -127,7 +134,11 @@ def publish(output: Path, stage: Stage, finish: Callable[[Path], None] | None = 
 
     `finish` may add files that have to know the manifest, and which it therefore does not list.
     """
-    claim(output)
+    with claimed(output):
+        yield from _published(output, stage, finish)
+
+
+def _published(output: Path, stage: Stage, finish: Callable[[Path], None] | None) -> Iterator[Path]:
     _restore_interrupted(output)
     if output.exists():
         _require_ours(output)
@@ -144,7 +155,6 @@ def publish(output: Path, stage: Stage, finish: Callable[[Path], None] | None = 
             _sync(path)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
-        release(output)
         raise
     replaced = _replaced(output)
     if output.exists():
@@ -152,17 +162,10 @@ def publish(output: Path, stage: Stage, finish: Callable[[Path], None] | None = 
     partial.rename(output)
     _sync(output.parent)
     shutil.rmtree(replaced, ignore_errors=True)
-    release(output)
 
 
 def work_folder(output: Path) -> Path:
-    """Where a long stage keeps what it needs to be resumed; removed when the stage is done.
-
-    Raises:
-        ArtifactError: another run is at work there.
-    """
-    if is_main_process():  # the others of its run write nothing
-        claim(output)
+    """Where a long stage keeps what it needs to be resumed; removed when the stage is done."""
     folder = output.with_name(f".{output.name}.work")
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -60,7 +60,17 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require_least(self, epochs=1, batch_size=1, save_every_steps=1, accumulate=1, warmup_steps=0, patience=0)
+        require_least(
+            self,
+            epochs=1,
+            batch_size=1,
+            save_every_steps=1,
+            accumulate=1,
+            warmup_steps=0,
+            patience=0,
+            seed=0,
+            weight_decay=0,
+        )
         require(
             self.accumulate <= self.batch_size,
             f"a step of batch_size={self.batch_size} cannot be cut into accumulate={self.accumulate} micro-batches",
@@ -98,7 +108,7 @@ class SasrecConfig:
     train: TrainConfig
 
     def __post_init__(self) -> None:
-        require_least(self, num_layers=1)
+        require_least(self, num_layers=1, hidden_size=1)
         require(
             self.num_heads >= 1 and self.hidden_size % self.num_heads == 0,
             f"hidden_size={self.hidden_size} cannot be cut into num_heads={self.num_heads} heads",
@@ -245,7 +255,7 @@ class BenchmarkConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require_least(self, rounds=2, batch_rounds=2)
+        require_least(self, rounds=2, batch_rounds=2, seed=0)
         price = self.gpu_hour_price
         require(price is None or price > 0, f"gpu_hour_price={price} is not above 0", "--gpu-hour-price 2.50")
         require(

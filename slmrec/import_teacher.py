@@ -21,16 +21,17 @@ from slmrec.foreign.conventions import Convention, convention_of
 from slmrec.foreign.layouts import ForeignTeacher, read_teacher
 from slmrec.foreign.rows import rows_by_file, rows_by_order
 from slmrec.foreign.weights import decoder_weights
+from slmrec.locks import one_run_at_a_time
 from slmrec.models.checkpoint import save_checkpoint
 from slmrec.models.decoder import DecoderModel, DecoderSpec, decoder_settings
 from slmrec.models.prompt import prompt_embeddings
-from slmrec.sources import backbone_folder
 from slmrec.train_teacher import backbone_hash, load_backbone
 
 LORA_ALPHA = 16.0
 """Both codes' default."""
 
 
+@one_run_at_a_time
 def import_teacher(
     folder: Path, data: Dataset, output: Path, config: ImportConfig, *, force: bool = False
 ) -> tuple[Artifact, bool]:
@@ -186,7 +187,6 @@ def _spec(
 def _hashes(teacher: ForeignTeacher, config: ImportConfig) -> dict[str, Any]:
     """Of all that the checkpoint is made from, besides the dataset."""
     files = [*teacher.files, *([Path(config.items_file)] if config.items_file is not None else [])]
-    words = sorted(path for path in backbone_folder(config.backbone).glob("tokenizer*") if path.is_file())
-    hashes = {"files": [file_sha256(file) for file in files], "tokenizer": [file_sha256(file) for file in words]}
+    hashes = {"files": [file_sha256(file) for file in files]}
     decoders = {"backbone": config.backbone} | ({"decoder": str(teacher.folder)} if teacher.has_decoder else {})
     return hashes | {name: backbone_hash(folder) for name, folder in decoders.items()}

@@ -17,6 +17,7 @@ from slmrec.errors import DataError
 from slmrec.formats.item_files import find_item_file, read_item_file
 from slmrec.formats.readers import detect_format, read_log
 from slmrec.formats.rows import BadRows, Block
+from slmrec.locks import one_run_at_a_time
 from slmrec.sequences import MIN_EVALUABLE
 from slmrec.writing import write_parquet
 
@@ -66,6 +67,7 @@ class _Codes:
         return ids.to_frame("id").join(self.known, on="id", how="left", maintain_order="left")["code"]
 
 
+@one_run_at_a_time
 def prepare_dataset(
     files: Sequence[Path], output: Path, config: DataConfig, *, force: bool = False
 ) -> tuple[Artifact, bool]:
@@ -77,22 +79,15 @@ def prepare_dataset(
     Raises:
         DataError: nothing to read, malformed rows beyond the limit, or no user that can be evaluated.
     """
-    for file in files:
-        if not file.is_file():
-            raise DataError(f"{file} is not a file", remedy="a log file, or the named source ml-100k")
-    formats = _formats(files, config)
-    items_file = Path(config.items_file) if config.items_file else find_item_file(files)
-    if items_file is not None and not items_file.is_file():
-        raise DataError(f"{items_file} is not a file", remedy="--items-file FILE with columns item_id and title")
-    inputs = {file.name: file_sha256(file) for file in [*files, *([items_file] if items_file else [])]}
+    formats, items_file = _formats(files, config), _items_file(files, config)
+    inputs = {
+        "files": [[file.name, file_sha256(file)] for file in files],
+        "items_file": None if items_file is None else [items_file.name, file_sha256(items_file)],
+    }
     stage = Stage(name="data", kind="dataset", settings=settings_of(config) | {"inputs": inputs})
     if is_up_to_date(output, stage, force=force):
         return open_artifact(output), True
-    bad = BadRows(config.max_bad_rows)
-    blocks = (block for file in files for block in read_log(file, config, bad))
-    raw = collect(blocks)
-    if not len(raw):
-        raise DataError(f"{files[0]} holds no interaction", remedy="a file with one interaction per line")
+    raw, bad = _read(files, config)
     kept = drop_duplicates(sort_events(raw))
     num_duplicates = len(raw) - len(kept)
     cored = k_core(kept, config.min_events)
@@ -104,7 +99,7 @@ def prepare_dataset(
         "num_filtered": len(kept) - len(cored),
         "format": ", ".join(sorted(formats)),
         "items_file": None if items_file is None else items_file.name,
-        "sources": inputs,
+        "sources": inputs["files"],
     }
     final = renumber(cored)
     titles = read_item_file(items_file, config) if items_file else {}
@@ -115,6 +110,9 @@ def prepare_dataset(
 
 def _formats(files: Sequence[Path], config: DataConfig) -> set[str]:
     """Formats of the files; places in sequences and times cannot be put in one order."""
+    for file in files:
+        if not file.is_file():
+            raise DataError(f"{file} is not a file", remedy="a log file, or the named source ml-100k")
     formats = {detect_format(file) for file in files} if config.format == "auto" else {config.format}
     others = " and ".join(sorted(formats - {"sequences"}))
     if "sequences" in formats and others:
@@ -123,6 +121,23 @@ def _formats(files: Sequence[Path], config: DataConfig) -> set[str]:
             remedy="files of sequences alone, or of interactions alone",
         )
     return formats
+
+
+def _items_file(files: Sequence[Path], config: DataConfig) -> Path | None:
+    """The table of titles asked for, or the one published with the first log."""
+    items_file = Path(config.items_file) if config.items_file else find_item_file(files)
+    if items_file is not None and not items_file.is_file():
+        raise DataError(f"{items_file} is not a file", remedy="--items-file FILE with columns item_id and title")
+    return items_file
+
+
+def _read(files: Sequence[Path], config: DataConfig) -> tuple[Interactions, BadRows]:
+    """All files, one after the other, and what was malformed in them."""
+    bad = BadRows(config.max_bad_rows)
+    raw = collect(block for file in files for block in read_log(file, config, bad))
+    if not len(raw):
+        raise DataError(f"{files[0]} holds no interaction", remedy="a file with one interaction per line")
+    return raw, bad
 
 
 def collect(blocks: Iterator[Block]) -> Interactions:

@@ -78,7 +78,7 @@ class Plan:
             _listed("tokens an epoch (millions)", self.tokens_per_epoch, 1e6),
             f"{self.num_processes} processes, {self.micro_batches} micro-batches a step on each",
         ]
-        if self.feature_store_bytes is not None and self.teacher_weights_bytes is not None:
+        if self.feature_store_bytes and self.teacher_weights_bytes is not None:
             lines.append(
                 f"teacher's features: {self.feature_store_bytes / 1e6:,.1f} MB on disk, written by a teacher of "
                 f"{self.teacher_weights_bytes / 1e6:,.1f} MB"
@@ -98,7 +98,7 @@ def plan_training(
         config: the loop's settings.
         bf16: whether the decoder computes in bfloat16.
     """
-    load = _load(model, objective, samples, config)
+    load = load_of(model, objective, samples, config)
     parameters = _parameters(objective)
     states = _state_bytes(model, objective, bf16=bf16)
     activations = activation_bytes(model, load, bf16=bf16, checkpointed=config.checkpoint_gradients)
@@ -137,12 +137,13 @@ def activation_bytes(model: DecoderModel, load: Load, *, bf16: bool, checkpointe
     return layers + ends + scores
 
 
-def _load(model: DecoderModel, objective: nn.Module, samples: Samples, config: TrainConfig) -> Load:
+def load_of(model: DecoderModel, objective: nn.Module, samples: Samples, config: TrainConfig) -> Load:
+    """What the longest micro-batch of a run puts on a device."""
     spec = model.spec
     step = min(config.batch_size, len(samples.lengths))
     rows = -(-step // (process_count() * config.accumulate))
     own_prefix = 0 if spec.shares_prefix else spec.prefix_length
-    adapters = {name.split(".")[1] for name, _ in objective.named_parameters() if name.startswith("adapters.")}
+    adapters = {name for name, _ in objective.named_parameters() if "adapters." in name}
     return Load(
         rows=rows,
         tokens=own_prefix + int(samples.lengths.max()) + spec.suffix_length,

@@ -36,7 +36,15 @@ def process_count() -> int:
 
 def process_index() -> int:
     """Number of this process, 0 for the main one."""
-    return _variable(INDEX_VARIABLES, 0) if process_count() > 1 else 0
+    if process_count() == 1:
+        return 0
+    index = _variable(INDEX_VARIABLES, -1)
+    if index < 0:
+        raise ConfigError(
+            f"{process_count()} processes were started, but none is told its number ({INDEX_VARIABLES[0]})",
+            remedy="accelerate launch or torchrun, or unset WORLD_SIZE",
+        )
+    return index
 
 
 def is_main_process() -> bool:
@@ -100,7 +108,11 @@ def sum_over_processes(values: "torch.Tensor") -> "torch.Tensor":
 
 def leave_the_message_to_the_main_process() -> None:
     """Wait for the launcher to end this process; comes back where the main process did not fail as well."""
-    if not is_main_process():
+    try:
+        is_main = is_main_process()
+    except ConfigError:  # what the launcher told this process is the very error
+        return
+    if not is_main:
         time.sleep(GRACE_SECONDS)
 
 
@@ -132,5 +144,9 @@ def _disconnect() -> None:
 
 
 def _variable(names: tuple[str, ...], default: int) -> int:
-    found = [os.environ[name] for name in names if name in os.environ]
-    return int(found[0]) if found else default
+    name = next((name for name in names if name in os.environ), None)
+    if name is None:
+        return default
+    if not os.environ[name].isdigit():
+        raise ConfigError(f"{name}={os.environ[name]!r} is no number of processes", remedy=f"unset {name}")
+    return int(os.environ[name])

@@ -8,6 +8,7 @@ from slmrec.artifact import Artifact, Stage, existing, work_folder
 from slmrec.config import SasrecConfig, settings_of
 from slmrec.dataset import Dataset
 from slmrec.evaluate import validation_ndcg
+from slmrec.locks import one_run_at_a_time
 from slmrec.models.checkpoint import publish_checkpoint
 from slmrec.models.ranking import TorchRecommender, resolve_device
 from slmrec.models.sasrec import Sasrec
@@ -27,6 +28,7 @@ def items_stage(config: SasrecConfig, data: Dataset) -> Stage:
     return Stage(name="train-items", kind="checkpoint", settings=settings_of(config), parents={"data": data.artifact})
 
 
+@one_run_at_a_time
 def train_items(
     data: Dataset, output: Path, config: SasrecConfig, *, device: str = "auto", force: bool = False
 ) -> tuple[Artifact, bool]:

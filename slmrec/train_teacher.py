@@ -15,6 +15,7 @@ from slmrec.config import RecipeConfig, TeacherConfig, TrainConfig, WindowConfig
 from slmrec.dataset import Dataset
 from slmrec.errors import ArtifactError, ConfigError, DataError
 from slmrec.evaluate import validation_ndcg
+from slmrec.locks import one_run_at_a_time
 from slmrec.models.checkpoint import build_model, load_model, publish_checkpoint
 from slmrec.models.decoder import DecoderModel, DecoderSpec, decoder_settings
 from slmrec.models.prompt import prompt_embeddings, prompt_texts, token_ids
@@ -85,9 +86,10 @@ def load_backbone(name: str, num_layers: int) -> Backbone:
 
 
 def backbone_hash(name: str) -> str:
-    """Hash of a backbone's config and weights."""
+    """Hash of a backbone's config, weights and tokenizer."""
     folder = backbone_folder(name)
-    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    words = sorted(path for path in folder.glob("tokenizer*") if path.is_file())
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors")), *words]
     return canonical_hash({file.name: file_sha256(file) for file in files})
 
 
@@ -194,6 +196,7 @@ def teacher_stage(config: TeacherConfig, items: Artifact, data: Dataset) -> Stag
     return Stage(name="train-teacher", kind="checkpoint", settings=settings, parents=parents)
 
 
+@one_run_at_a_time
 def train_teacher(
     items: Artifact, data: Dataset, output: Path, config: TeacherConfig, *, device: str = "auto", force: bool = False
 ) -> tuple[Artifact, bool]:

@@ -58,6 +58,22 @@ def test_an_output_of_dot_is_the_folder_one_stands_in(tmp_path):
     assert (result.returncode, "was not made by slmcompress" in result.stderr) == (2, True)
 
 
+def test_a_file_in_the_way_of_an_output_is_a_message(tmp_path):
+    (tmp_path / "plain").write_text("x")
+    (tmp_path / "a.csv").write_text("user,item,timestamp\n" + "".join(f"u,{n},{n}\n" for n in range(4)))
+    result = slmcompress("data", "a.csv", "-o", "plain/data", cwd=tmp_path)
+    assert (result.returncode, "Traceback" in result.stderr) == (2, False)
+    assert "a file stands in its way" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"), [({"WORLD_SIZE": "abc"}, "no number"), ({"WORLD_SIZE": "2"}, "RANK")]
+)
+def test_a_launcher_that_says_nonsense_is_a_message(tmp_path, variables, message):
+    result = slmcompress("data", "a.csv", cwd=tmp_path, env={**os.environ, **variables})
+    assert (result.returncode, message in result.stderr, "Traceback" in result.stderr) == (2, True, False)
+
+
 def test_an_error_is_a_message_a_remedy_and_exit_code_2(tmp_path):
     result = slmcompress("distill", cwd=tmp_path)
     assert result.returncode == 2

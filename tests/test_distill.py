@@ -268,6 +268,8 @@ def test_a_narrower_student_follows_through_projections_that_it_does_not_keep(ti
     assert all(projection.weight.grad.abs().sum() > 0 for projection in objective.projections)
     inputs, reference = student.item_inputs(torch.arange(1, 20)), wide.item_inputs(torch.arange(1, 20))
     assert inputs.pow(2).mean().item() == pytest.approx(reference.pow(2).mean().item(), rel=0.1)
+    if prompt != "none":
+        assert student.prefix.pow(2).mean().item() == pytest.approx(wide.prefix.pow(2).mean().item(), rel=0.4)
 
 
 @pytest.mark.parametrize("width", [12, 24, 64])

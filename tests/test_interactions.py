@@ -151,6 +151,27 @@ def test_times_that_floats_cannot_tell_apart_are_refused(tmp_path):
         prepare_dataset([log], tmp_path / "data", DataConfig())
 
 
+def test_a_few_times_beyond_that_are_malformed_rows_like_any(tmp_path):
+    log = write(tmp_path, "user,item,timestamp\n" + "".join(f"u,{n},{n}\n" for n in range(4)) + "u,9,1e300\n")
+    with pytest.raises(DataError, match=r"log\.csv:6: timestamp 1e300 is beyond 2\^53"):
+        prepare_dataset([log], tmp_path / "data", DataConfig())
+    prepare_dataset([log], tmp_path / "data", DataConfig(max_bad_rows=1))
+    assert load_dataset(tmp_path / "data").info["num_bad_rows"] == 1
+
+
+def test_files_of_one_name_and_files_in_another_order_are_other_inputs(tmp_path):
+    for name in ("x", "y"):
+        (tmp_path / name).mkdir()
+    first = write(tmp_path / "x", "user,item,time\na,1,1\na,2,1\na,3,1\n")
+    second = write(tmp_path / "y", "user,item,time\nb,3,1\nb,2,1\nb,1,1\n")
+    prepare_dataset([first, second], tmp_path / "data", DataConfig())
+    with pytest.raises(ArtifactError, match="--force"):
+        prepare_dataset([second, first], tmp_path / "data", DataConfig())
+    write(tmp_path / "x", "user,item,time\na,1,1\na,2,1\na,3,2\n")
+    with pytest.raises(ArtifactError, match="--force"):
+        prepare_dataset([first, second], tmp_path / "data", DataConfig())
+
+
 def test_files_whose_times_cannot_be_compared_are_refused(tmp_path):
     log = write(tmp_path, "user,item,timestamp\n" + "".join(f"u,{n},{n}\n" for n in range(4)))
     sequences = write(tmp_path, "v 1 2 3\n", "s.txt")

@@ -5,12 +5,17 @@ import sys
 
 import pytest
 
-from slmrec.artifact import Stage, publish, work_folder
+from slmrec.artifact import Stage, publish
 from slmrec.errors import ArtifactError
-from slmrec.locks import claim, release
+from slmrec.locks import claimed, one_run_at_a_time
 
 PLAN = Stage(name="make", kind="checkpoint", settings={})
-HOLDER = "import sys; from pathlib import Path; from slmrec.locks import claim; claim(Path(sys.argv[1])); "
+HOLDER = "import sys; from pathlib import Path; from slmrec.locks import claimed\nwith claimed(Path(sys.argv[1])): "
+
+
+@one_run_at_a_time
+def stage(output):
+    return sorted(path.name for path in output.parent.iterdir())
 
 
 def holder(output, then):
@@ -22,7 +27,7 @@ def holder(output, then):
 def test_an_output_another_process_writes_is_refused_until_that_has_ended(tmp_path):
     with holder(tmp_path / "made", "print('held', flush=True); input()") as process:
         assert process.stdout.readline() == "held\n"
-        for attempt in (work_folder, lambda output: publish(output, PLAN).__enter__()):
+        for attempt in (stage, lambda output: publish(output, PLAN).__enter__()):
             with pytest.raises(ArtifactError, match=r"another run is writing .*made"):
                 attempt(tmp_path / "made")
         with publish(tmp_path / "other", PLAN):
@@ -42,9 +47,11 @@ def test_the_lock_of_a_killed_process_holds_nobody_back(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
 
-def test_one_process_may_claim_again_what_it_holds(tmp_path):
-    claim(tmp_path / "made")
-    claim(tmp_path / "made")
-    release(tmp_path / "made")
-    release(tmp_path / "made")
-    assert list(tmp_path.iterdir()) == []
+def test_claims_of_one_process_nest_and_the_outermost_ends_them(tmp_path):
+    with claimed(tmp_path / "made"), publish(tmp_path / "made", PLAN):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+    assert stage(tmp_path / "made") == [".made.lock", "made"]
+    with pytest.raises(ZeroDivisionError), claimed(tmp_path / "made"):
+        1 / 0  # noqa: B018
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]

@@ -155,6 +155,9 @@ def test_recommend_maps_external_ids_and_keeps_the_order(runs, tmp_path):
     [
         (["distill", "--num-layers", "9", "-o", "x"], "student would have 9 layers, the teacher has 4"),
         (["distill", "--num-layers", "2", "--num-blocks", "3"], "cannot be cut into num_blocks=3"),
+        (["distill", "--seed", "-1", "-o", "x"], "seed=-1 is below 0"),
+        (["train-items", "--hidden-size", "0", "-o", "x"], "hidden_size=0 is below 1"),
+        (["train-items", "--weight-decay", "-1", "-o", "x"], "weight_decay=-1.0 is below 0"),
         (["distill", "--signal", "logits"], "belong to online distillation"),
         (["distill", "--online", "--list-weight", "1"], "frozen teacher"),
         (["distill", "--hidden-size", "32", "-o", "x"], "cannot be copied"),

@@ -108,6 +108,11 @@ def test_a_byte_order_mark_and_a_new_folder_are_no_trouble(tmp_path, name):
     assert recommend_file(Successor(), ITEMS, source, tmp_path / "new" / "out.jsonl", 1) == 1
 
 
+def test_a_csv_cell_may_hold_a_long_history(tmp_path):
+    (tmp_path / "in.csv").write_text("user,history\nu," + "a " * 200_000 + "b\n")
+    assert recommend_file(Successor(), ITEMS, tmp_path / "in.csv", tmp_path / "out.jsonl", 1) == 1
+
+
 def test_answers_never_replace_their_requests(tmp_path):
     source = write(tmp_path / "in.jsonl", REQUESTS)
     before = source.read_bytes()

@@ -170,7 +170,8 @@ def quantize(
     from slmrec.cli.stages import made, made_text
     from slmrec.dataset import load_dataset
 
-    output = output or parent.path.with_name(f"{parent.path.name}-int8")
+    beside = parent.path if parent.path.name else parent.path.resolve()
+    output = resolve_output(output or beside.with_name(f"{beside.name}-int8"), "")
     result = run(parent, load_dataset(dataset.path), output, config, device=device, force=force)
     gate, text = read_gate(result[0])
     print_result(made(*result) | {"gate": gate}, f"{made_text(*result)}\n{text}", as_json=as_json)

@@ -16,7 +16,7 @@ def resolve_output(output: Path | None, default: str) -> Path:
     """The folder an artefact is written to."""
     if output is None:
         return runs_folder() / default
-    return output if output.name else output.resolve()
+    return output if output.name not in ("", "..") else output.resolve()
 
 
 def choose(path: Path | None, default: str, made_by: str, *kinds: str) -> Artifact:

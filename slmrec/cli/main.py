@@ -15,6 +15,9 @@ MACHINE_FAULTS = {
     errno.ENOSPC: "free some disk space, or another --output or --runs",
     errno.EDQUOT: "free some disk space, or another --output or --runs",
     errno.EACCES: "a folder you may write to (--output or --runs)",
+    errno.EEXIST: "another --output or --runs: a file stands in its way",
+    errno.ENOTDIR: "another --output or --runs: a file stands in its way",
+    errno.ENAMETOOLONG: "a shorter name",
     errno.EROFS: "a folder you may write to (--output or --runs)",
 }
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from slmrec.artifact import Artifact, Stage, existing
+from slmrec.artifact import Artifact, Stage, is_made, open_artifact
 from slmrec.config import TrainConfig
 from slmrec.models.checkpoint import TRAINING_FILE
 from slmrec.plan import Plan
@@ -42,7 +42,7 @@ def trained(artifact: Artifact, was_there: bool) -> tuple[dict[str, Any], str]:
 
 def already(output: Path, stage: Callable[[], Stage], *, force: bool) -> Artifact | None:
     """What a run would find in its place: this very artefact, none, or an error as the run itself would give."""
-    return existing(output, stage(), force=force) if output.exists() else None
+    return open_artifact(output) if output.exists() and is_made(output, stage(), force=force) else None
 
 
 def planned(

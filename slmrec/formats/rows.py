@@ -122,25 +122,31 @@ def checked(path: Path, frame: pl.DataFrame, lines: Sequence[int], bad: BadRows)
     """Rows of columns user, item and time, without those that lack an id or a timestamp."""
     time = frame["time"]
     values = _seconds(time)
-    _require_exact(path, time, values)
     users, items = frame["user"].fill_null(""), frame["item"].fill_null("")
     no_user, no_item = (users == "").to_numpy(), (items == "").to_numpy()
     good = ~no_user & ~no_item & np.isfinite(values)
+    inexact = good & (np.abs(np.where(good, values, 0.0)) > LARGEST_EXACT)
+    if inexact.any():
+        _require_few(path, time, inexact, good)
+        good &= ~inexact
     if not good.all():
         for row in np.flatnonzero(~good).tolist():
             unread = "no timestamp" if time[row] in (None, "") else f"timestamp {time[row]!r} is no number or ISO date"
+            unread = f"timestamp {time[row]} is beyond 2^53" if inexact[row] else unread
             bad.add(path, lines[row], "no user" if no_user[row] else "no item" if no_item[row] else unread)
         mask = pl.Series(good)
         users, items, values = users.filter(mask), items.filter(mask), values[good]
     return Block(users, items, values)
 
 
-def _require_exact(path: Path, time: pl.Series, values: np.ndarray) -> None:
-    """Refuse times that 64-bit floats cannot tell apart, such as nanoseconds: their order would be lost silently."""
-    beyond = np.flatnonzero(np.isfinite(values) & (np.abs(values) > LARGEST_EXACT))
-    if beyond.size:
+def _require_few(path: Path, time: pl.Series, inexact: np.ndarray, good: np.ndarray) -> None:
+    """Refuse times that 64-bit floats cannot tell apart, such as nanoseconds: their order would be lost silently.
+
+    A few among others are malformed rows like any.
+    """
+    if 2 * inexact.sum() > good.sum():
         raise DataError(
-            f"{path} holds the timestamp {time[int(beyond[0])]}; above 2^53 neighbouring times cannot be told apart",
+            f"{path} holds the timestamp {time[int(np.argmax(inexact))]}; above 2^53 neighbours cannot be told apart",
             remedy="seconds, milliseconds or microseconds: divide nanoseconds by 1,000",
         )
 
