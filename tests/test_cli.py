@@ -67,7 +67,8 @@ def test_a_file_in_the_way_of_an_output_is_a_message(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("variables", "message"), [({"WORLD_SIZE": "abc"}, "no number"), ({"WORLD_SIZE": "2"}, "RANK")]
+    ("variables", "message"),
+    [({"WORLD_SIZE": "abc"}, "no number"), ({"WORLD_SIZE": "2"}, "data is one process's work, but 2 were started")],
 )
 def test_a_launcher_that_says_nonsense_is_a_message(tmp_path, variables, message):
     result = slmcompress("data", "a.csv", cwd=tmp_path, env={**os.environ, **variables})
