@@ -88,13 +88,48 @@ def _figure(value: float | list[float]) -> str:
     return " to ".join(f"{end:.4f}" for end in (value if isinstance(value, list) else [value]))
 
 
+def slmrec(entry: dict[str, Any]) -> str:
+    """SLMRec's rows on one data set, means over seeds; the paired test is against the student trained by CE alone."""
+    rows = [
+        "| | HR@1 | HR@10 | NDCG@10 (95 % interval over users) | by seed | of the teacher's | against CE, p (Holm) "
+        "| mean rank | p50, batch 1 |"
+    ]
+    rows += ["|---|---|---|---|---|---|---|---|---|"]
+    for line in entry["result"]["rows"]:
+        low, high = line["ndcg@10_interval"]
+        by_seed = ", ".join(f"{value:.4f}" for value in line["ndcg@10_by_seed"])
+        tested = "" if line["p"] is None else f"{line['difference']['estimate']:+.4f}, {line['p_holm']:.2f}"
+        hr_1, hr_10, ndcg_10 = (line["test"][metric] for metric in ("hr@1", "hr@10", "ndcg@10"))
+        rows.append(
+            f"| {line['row']} | {hr_1:.4f} | {hr_10:.4f} | {ndcg_10:.4f} ({low:.3f} to {high:.3f}) | {by_seed} | {line['of_teacher'][0]:.3f} | {tested} | {line['rank']:.1f} "
+            f"| {line['p50_ms']:.1f} ms |"
+        )
+    return "\n".join(rows)
+
+
+def distill_speed(entry: dict[str, Any]) -> str:
+    """What the feature store saves, and a shallow student's steps beside a deep teacher's."""
+    result = entry["result"]
+    rows = ["| one run, in turns | ratio (10th to 90th percentile of rounds) |", "|---|---|"]
+    for name, ratio in result["ratios"].items():
+        rows.append(f"| {name} | {ratio['median']:.2f}x ({ratio['p10']:.2f} to {ratio['p90']:.2f}) |")
+    note = (
+        f"The store of {result['store_targets']} targets took {result['store_seconds']:.0f} s and "
+        f"{result['store_bytes'] / 1e6:.0f} MB; the student's decoder has {100 * result['parameter_share']:.1f} % of "
+        "the 30-layer teacher's parameters."
+    )
+    return "\n".join([*rows, "", note])
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "demo": demo,
     "training_speed": training_speed,
     "data_speed": data_speed,
     "baselines": baselines,
+    "slmrec": slmrec,
+    "distill_speed": distill_speed,
 }
-RECORDED_AS = {"baselines": "baselines_ml_100k"}
+RECORDED_AS = {"baselines": "baselines_ml_100k", "slmrec": "slmrec_ml_100k"}
 """Results whose file is not named as their table."""
 
 

@@ -28,8 +28,6 @@ OPTIONAL = {
     "bitsandbytes": ("LLM.int8 checkpoints", "pip install 'slmcompress[bnb]'"),
     "tensorrt": ("TensorRT engines", "pip install 'slmcompress[trt]' on a machine with an NVIDIA GPU"),
     "tensorrt_rtx_bindings": ("TensorRT-RTX engines", "pip install tensorrt-rtx-cu13-bindings tensorrt-rtx-cu13-libs"),
-    "ray": ("recommend --engine ray", "pip install 'slmcompress[ray]'"),
-    "fastapi": ("serve", "pip install 'slmcompress[serve]'"),
 }  # fmt: skip
 
 
