@@ -100,10 +100,18 @@ def slmrec(entry: dict[str, Any]) -> str:
         by_seed = ", ".join(f"{value:.4f}" for value in line["ndcg@10_by_seed"])
         tested = "" if line["p"] is None else f"{line['difference']['estimate']:+.4f}, {line['p_holm']:.2f}"
         hr_1, hr_10, ndcg_10 = (line["test"][metric] for metric in ("hr@1", "hr@10", "ndcg@10"))
-        rows.append(
-            f"| {line['row']} | {hr_1:.4f} | {hr_10:.4f} | {ndcg_10:.4f} ({low:.3f} to {high:.3f}) | {by_seed} | {line['of_teacher'][0]:.3f} | {tested} | {line['rank']:.1f} "
-            f"| {line['p50_ms']:.1f} ms |"
-        )
+        cells = [
+            line["row"],
+            f"{hr_1:.4f}",
+            f"{hr_10:.4f}",
+            f"{ndcg_10:.4f} ({low:.3f} to {high:.3f})",
+            by_seed,
+            f"{line['of_teacher'][0]:.3f}",
+            tested,
+            f"{line['rank']:.1f}",
+            f"{line['p50_ms']:.1f} ms",
+        ]
+        rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
 
