@@ -36,3 +36,45 @@ def tiny_model():
         return model
 
     return make
+
+
+@pytest.fixture(scope="session")
+def from_one(tmp_path_factory):
+    """Runs with a dataset whose external ids are 1..20."""
+    from imported import write_data
+    from published import NUM_ITEMS
+
+    return write_data(tmp_path_factory.mktemp("one"), list(range(1, NUM_ITEMS + 1)))
+
+
+@pytest.fixture(scope="session")
+def from_zero(tmp_path_factory):
+    """Runs with a dataset whose external ids are 0..19."""
+    from imported import write_data
+    from published import NUM_ITEMS
+
+    return write_data(tmp_path_factory.mktemp("zero"), list(range(NUM_ITEMS)))
+
+
+@pytest.fixture(scope="session")
+def backbone(tmp_path_factory):
+    """The folder of a small random LLaMA with a tokenizer."""
+    from published import write_backbone
+
+    return write_backbone(tmp_path_factory.mktemp("backbone"))
+
+
+@pytest.fixture(scope="session")
+def e4srec(backbone):
+    """A teacher as the E4SRec code trains it."""
+    from published import Published
+
+    return Published(backbone, "e4srec")
+
+
+@pytest.fixture(scope="session")
+def slmrec(backbone):
+    """A teacher as the SLMRec code trains it."""
+    from published import Published
+
+    return Published(backbone, "slmrec")

@@ -3,46 +3,17 @@
 import numpy as np
 import pytest
 import torch
-from imported import import_as, write_data
+from imported import import_as
 from published import (
     DIM,
     HIDDEN,
     NUM_ITEMS,
     Explosive,
-    Published,
-    write_backbone,
     write_final,
     write_trainer,
 )
 
 from slmrec.errors import ConfigError, DataError, SlmrecError
-
-
-@pytest.fixture(scope="module")
-def from_one(tmp_path_factory):
-    """Runs with a dataset whose external ids are 1..20."""
-    return write_data(tmp_path_factory.mktemp("one"), list(range(1, NUM_ITEMS + 1)))
-
-
-@pytest.fixture(scope="module")
-def from_zero(tmp_path_factory):
-    """Runs with a dataset whose external ids are 0..19."""
-    return write_data(tmp_path_factory.mktemp("zero"), list(range(NUM_ITEMS)))
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory):
-    return write_backbone(tmp_path_factory.mktemp("backbone"))
-
-
-@pytest.fixture(scope="module")
-def e4srec(backbone):
-    return Published(backbone, "e4srec")
-
-
-@pytest.fixture(scope="module")
-def slmrec(backbone):
-    return Published(backbone, "slmrec")
 
 
 def change(**tensors):

@@ -39,33 +39,6 @@ HISTORIES = [[4], [3, 4, 5, 6], [11, 2, 1, 9, 1, 20, 14], [1, 1], [*range(2, 20)
 """External ids: 1..20, or 0..19 where the code counts from 0 (then one less)."""
 
 
-@pytest.fixture(scope="module")
-def from_one(tmp_path_factory):
-    """Runs with a dataset whose external ids are 1..20."""
-    return write_data(tmp_path_factory.mktemp("one"), list(range(1, NUM_ITEMS + 1)))
-
-
-@pytest.fixture(scope="module")
-def from_zero(tmp_path_factory):
-    """Runs with a dataset whose external ids are 0..19."""
-    return write_data(tmp_path_factory.mktemp("zero"), list(range(NUM_ITEMS)))
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory):
-    return write_backbone(tmp_path_factory.mktemp("backbone"))
-
-
-@pytest.fixture(scope="module")
-def e4srec(backbone):
-    return Published(backbone, "e4srec")
-
-
-@pytest.fixture(scope="module")
-def slmrec(backbone):
-    return Published(backbone, "slmrec")
-
-
 def require_equal_scores(model, items, published, histories=HISTORIES, rows=None):
     """Every history's scores against the published model's own, by external ids; `rows` maps those to table rows."""
     first = 1 if published.code == "e4srec" else 0
