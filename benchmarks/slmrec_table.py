@@ -1,10 +1,12 @@
 """SLMRec's table on one data set: SASRec, teacher, and the student with one term after the other.
 
     python benchmarks/slmrec_table.py ml-100k --seeds 0,1,2
-    python benchmarks/slmrec_table.py beauty --data ../shared/data/beauty --seeds 0
+    python benchmarks/slmrec_table.py beauty --data ../shared/data/beauty --seeds 0,1,2 --one-teacher --repeat CE,SLMRec
 
-Every student row has the same initialisation, item table, batches, steps and learning rate; validation chooses the
-epoch, test is read once. Finished cells are kept below --runs, and an interrupted table goes on where it was.
+With --one-teacher the students of all seeds follow the first seed's teacher, and --repeat names the rows that are
+made for every seed where the others have the first's alone. Every student row has the same initialisation, item table,
+batches, steps and learning rate; validation chooses the epoch, test is read once. Finished cells are kept below
+--runs, and an interrupted table goes on where it was.
 """
 
 import argparse
@@ -45,6 +47,7 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "cosine + norm": NONE | {"direction_weight": 1.0, "magnitude_weight": 0.1},
     "SLMRec": {},
     "SLMRec + list": {"list_weight": 1.0},
+    "SLMRec, table shared": {"item_table": "frozen"},
 }
 """The teacher is the row "teacher", SASRec the row "SASRec-CE"; the others differ in their loss alone."""
 
@@ -64,12 +67,12 @@ def recipes(name: str, seed: int) -> tuple[SasrecConfig, TeacherConfig, DistillC
             DistillConfig(num_layers=4, train=replace(train, epochs=4)),
         )  # fmt: skip
     items = TrainConfig(epochs=60, batch_size=128, learning_rate=1e-3, precision="fp32", patience=8, seed=seed)
-    train = TrainConfig(epochs=8, batch_size=64, warmup_steps=50, patience=2, **decoder)  # type: ignore[arg-type]
+    train = TrainConfig(epochs=6, batch_size=64, warmup_steps=50, patience=2, **decoder)  # type: ignore[arg-type]
     window = WindowConfig(max_history=50, max_events=200 if name == "ml-1m" else 50)
     return (
         SasrecConfig(dropout=0.6, window=window, train=items),
         TeacherConfig(num_layers=8, recipe=RecipeConfig(prompt="none", dropout=0.4), window=window, train=train),
-        DistillConfig(num_layers=4, train=replace(train, epochs=6)),
+        DistillConfig(num_layers=4, train=replace(train, epochs=5)),
     )
 
 
@@ -82,16 +85,25 @@ def prepared(name: str, folder: Path | None, runs: Path) -> Dataset:
     return load_dataset(runs / "data")
 
 
-def fill(name: str, data: Dataset, runs: Path, seed: int, wanted: list[str]) -> dict[str, dict[str, Any]]:
-    """All wanted rows of one seed; artefacts and cells that are there are not made again."""
-    items_config, teacher_config, student_config = recipes(name, seed)
-    at = runs / f"seed-{seed}"
+def fill_teacher(
+    name: str, data: Dataset, at: Path, seed: int, wanted: list[str]
+) -> tuple[Artifact | None, dict[str, dict[str, Any]]]:
+    """A seed's SASRec and, where any row wants it, its teacher; what is there is not made again."""
+    items_config, teacher_config, _ = recipes(name, seed)
     items, _ = train_items(data, at / "items", items_config)
     found = {"SASRec-CE": cell(at / "cells" / "SASRec-CE.json", items.hash, lambda: measured(items, data))}
     if wanted == ["SASRec-CE"]:
-        return found
+        return None, found
     teacher, _ = train_teacher(items, data, at / "teacher", teacher_config)
     found["teacher"] = cell(at / "cells" / "teacher.json", teacher.hash, lambda: measured(teacher, data))
+    return teacher, found
+
+
+def fill_students(
+    name: str, data: Dataset, teacher: Artifact, at: Path, seed: int, wanted: list[str]
+) -> dict[str, dict[str, Any]]:
+    """The wanted student rows of one seed."""
+    student_config, found = recipes(name, seed)[2], {}
     for row, weights in STUDENTS.items():
         if row in wanted:
             config = replace(student_config, features=FeatureConfig(keep=True), **weights)
@@ -99,6 +111,24 @@ def fill(name: str, data: Dataset, runs: Path, seed: int, wanted: list[str]) -> 
             path = at / "cells" / f"{row}.json"
             found[row] = cell(path, key, lambda c=config, r=row: _student(teacher, data, at / r, c))
     return found
+
+
+def fill(
+    name: str, data: Dataset, runs: Path, wanted_by_seed: dict[int, list[str]], *, one_teacher: bool
+) -> dict[str, list[dict[str, Any]]]:
+    """Row -> its cells, one a seed; with one teacher SASRec and teacher have the first seed's alone."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    teacher = None
+    for seed, wanted in wanted_by_seed.items():
+        at = runs / f"seed-{seed}"
+        if teacher is None or not one_teacher:
+            teacher, found = fill_teacher(name, data, at, seed, wanted)
+            for row, made in found.items():
+                rows.setdefault(row, []).append(made)
+        if teacher is not None:
+            for row, made in fill_students(name, data, teacher, at, seed, wanted).items():
+                rows.setdefault(row, []).append(made)
+    return rows
 
 
 def _student(teacher: Artifact, data: Dataset, output: Path, config: DistillConfig) -> dict[str, Any]:
@@ -125,21 +155,26 @@ def main() -> None:
     parser.add_argument("--runs", type=Path)
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--rows", help="comma-separated; default all", default=",".join(["teacher", *STUDENTS]))
+    parser.add_argument("--one-teacher", action="store_true", help="students of all seeds follow the first's teacher")
+    parser.add_argument("--repeat", help="rows that every seed has; default all of --rows")
     arguments = parser.parse_args()
     runs = arguments.runs or Path("runs") / f"table-{arguments.name}"
     seeds, wanted = [int(seed) for seed in arguments.seeds.split(",")], arguments.rows.split(",")
     data = prepared(arguments.name, arguments.data, runs)
-    filled = [fill(arguments.name, data, runs, seed, wanted) for seed in seeds]
-    if wanted == ["SASRec-CE"] or "CE" not in filled[0]:
-        print(json.dumps({row: one["test"] for row, one in filled[0].items()}, indent=2))
+    repeated = (arguments.repeat or arguments.rows).split(",")
+    later = [row for row in wanted if row in repeated]
+    wanted_by_seed = {seed: wanted if seed == seeds[0] else later for seed in seeds}
+    rows = fill(arguments.name, data, runs, wanted_by_seed, one_teacher=arguments.one_teacher)
+    if "CE" not in rows:
+        print(json.dumps({row: cells[0]["test"] for row, cells in rows.items()}, indent=2))
         return
-    rows = {row: [one[row] for one in filled] for row in filled[0]}
     lines = summarize(rows, against="CE", teacher="teacher")
     milliseconds = speeds(data, runs / f"seed-{seeds[0]}", list(rows))
     for line in lines:
         line["p50_ms"] = milliseconds[line["row"]]
     info = {key: data.info[key] for key in ("num_users", "num_items", "num_interactions")}
-    record(f"slmrec_{arguments.name.replace('-', '_')}", {"dataset": info | {"hash": data.hash}, "rows": lines})
+    result = {"dataset": info | {"hash": data.hash}, "one_teacher": arguments.one_teacher, "rows": lines}
+    record(f"slmrec_{arguments.name.replace('-', '_')}", result)
     print(json.dumps(lines, indent=2))
 
 
