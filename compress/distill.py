@@ -2,7 +2,9 @@
 
 import copy
 import json
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +34,16 @@ DISTILLED_PARAMETERS = (*ITEM_PARAMETERS, "projections")
 """Parameters that learn at the item learning rate."""
 
 
+@dataclass(frozen=True)
+class Pair:
+    """Who follows whom."""
+
+    artifact: Artifact
+    """The teacher's."""
+    teacher: DecoderModel
+    student: DecoderModel
+
+
 @one_run_at_a_time
 def distill(
     teacher_artifact: Artifact,
@@ -59,16 +71,26 @@ def distill(
     student = build_student(teacher, config)
     if config.online is not None:
         teacher.spec = online_teacher_spec(teacher, config)
-    samples = student_samples(teacher_artifact, teacher, data)
-    key = store_spec(teacher, config).key(teacher_artifact.hash, samples)
-    shelf = output.parent / f".features-{key[:16]}"
-    with claimed(shelf) if stores_features(teacher, config) else nullcontext():
-        reader = _reader(teacher, samples, config, (shelf, key, target))
-        task = _task(teacher, student, (samples, reader), data, config)
+    pair = Pair(teacher_artifact, teacher, student)
+    with followed(pair, data, config, output, target) as task:
         progress = train(task, config.train, work_folder(output), stage.key, target)
         made = on_main(lambda: publish_checkpoint(output, stage, student, progress.log, data.items))
-        on_main(lambda: drop_store(shelf, keep=config.features.keep))
     return made, False
+
+
+@contextmanager
+def followed(pair: Pair, data: Dataset, config: DistillConfig, output: Path, device: torch.device) -> Iterator[Task]:
+    """The task of training a student, with its teacher's features at hand, stored beside `output` if need be.
+
+    Once the student is safe the features go, unless they are to be kept.
+    """
+    samples = student_samples(pair.artifact, pair.teacher, data)
+    key = store_spec(pair.teacher, config).key(pair.artifact.hash, samples)
+    shelf = output.parent / f".features-{key[:16]}"
+    with claimed(shelf) if stores_features(pair.teacher, config) else nullcontext():
+        reader = _reader(pair.teacher, samples, config, (shelf, key, device))
+        yield _task(pair.teacher, pair.student, (samples, reader), data, config)
+        on_main(lambda: drop_store(shelf, keep=config.features.keep))
 
 
 def distill_stage(teacher: Artifact, data: Dataset, config: DistillConfig) -> Stage:

@@ -1,34 +1,31 @@
 """quantize: int8 weights per output channel, int8 activations per token, behind an accuracy gate."""
 
-import copy
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import nn
-
+from compress.calibrate import some_cases
+from compress.int8 import decoder_linears, load_full_precision, prepare, quantize_model, require_matches
+from compress.sensitivity import accuracy_of, sensitivity
 from slmrec.artifact import Artifact, Stage, is_up_to_date, open_artifact, publish, write_json
 from slmrec.catalogue import load_catalogue, require_same_catalogue
 from slmrec.compress_config import QuantizeConfig
 from slmrec.config import settings_of
 from slmrec.dataset import Dataset
-from slmrec.errors import CheckError, ConfigError
-from slmrec.evaluate import VALIDATION_PROTOCOL, Accuracy, evaluate
+from slmrec.errors import CheckError
+from slmrec.evaluate import Accuracy
 from slmrec.locks import one_run_at_a_time
 from slmrec.metrics import ratio_of_means
-from slmrec.models.checkpoint import linear_at, load_decoder, quantized_layers, replace_linear, save_checkpoint
+from slmrec.models.checkpoint import save_checkpoint
 from slmrec.models.decoder import DecoderModel
 from slmrec.models.layers import Int8Linear
-from slmrec.models.ranking import TorchRecommender
+from slmrec.models.llm_int8 import llm_int8
 from slmrec.sequences import Cases, validation_cases
 
-CALIBRATION_HISTORIES = 64
-GATE_FILE = "gate.json"
+GATE_FILE, CALIBRATION_FILE = "gate.json", "calibration.json"
+GATE_USERS_FOR_LAYERS = 500
+"""Validation users that each layer's sensitivity is measured on where the gate does not hold."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,15 +81,15 @@ def quantize(
     stage = Stage(name="quantize", kind="checkpoint", settings=settings_of(config), parents=parents)
     if is_up_to_date(output, stage, force=force):
         return open_artifact(output), True
-    model = load_decoder(parent)
-    if quantized_layers(model):
-        raise ConfigError(
-            f"{parent.path} is an 8-bit checkpoint already", remedy="quantize its fp32 parent (-m/--model)"
-        )
+    model = load_full_precision(parent)
+    require_matches(model, config.keep_fp)
     cases = validation_cases(data.sequences)
-    quantized, gate = _search(model, cases, config, device)
+    prepared = prepare(model, cases, config.calibration) if config.backend == "neutral" else None
+    quantized, gate = _search(prepared.model if prepared else model.eval(), cases, config, device)
     with publish(output, stage) as folder:
         save_checkpoint(folder, quantized.cpu())
+        if prepared is not None:
+            write_json(folder / CALIBRATION_FILE, prepared.to_json())
         write_json(folder / GATE_FILE, gate.to_json() | {"kept_fp": decoder_linears(quantized)})
         data.items.save(folder)
     return open_artifact(output), False
@@ -106,70 +103,27 @@ def read_gate(artifact: Artifact) -> tuple[dict[str, Any], str]:
     return record, Gate(**fields).to_text() + kept
 
 
-def quantize_model(model: DecoderModel, keep_fp: Sequence[str] = ()) -> DecoderModel:
-    """A copy whose decoder layers compute in 8 bits, but for the names that match a pattern of `keep_fp`.
-
-    Names are relative to the decoder, such as layers.3.mlp.down_proj; item inputs and the head stay fp32.
-    """
-    names = decoder_linears(model)
-    for pattern in keep_fp:
-        if not any(fnmatch(name, pattern) for name in names):
-            raise ConfigError(f"no layer matches --keep-fp {pattern!r}", remedy=f"a name such as {names[-1]!r}")
-    quantized = copy.deepcopy(model)
-    for name in names:
-        if not any(fnmatch(name, pattern) for pattern in keep_fp):
-            full = f"decoder.{name}"
-            replace_linear(quantized, full, Int8Linear.from_linear(linear_at(quantized, full)))
-    return quantized
-
-
-def decoder_linears(model: DecoderModel) -> list[str]:
-    """Names of the decoder's linear layers, relative to the decoder."""
-    return [name for name, module in model.decoder.named_modules() if isinstance(module, nn.Linear)]
-
-
-@torch.inference_mode()
-def layer_errors(model: DecoderModel, cases: Cases) -> dict[str, float]:
-    """Relative error of each linear layer's output when it alone computes in 8 bits, on real activations.
-
-    The squared error over all tokens of some calibration histories, divided by the squared output.
-    """
-    errors: dict[str, float] = {}
-
-    def measure(name: str, linear: nn.Linear) -> Any:
-        layer = Int8Linear.from_linear(linear)
-
-        def hook(_: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            gap = (layer(inputs[0]) - output).pow(2).sum() / output.pow(2).sum()
-            errors[name] = max(errors.get(name, 0.0), float(gap))
-
-        return linear.register_forward_hook(hook)
-
-    hooks = [measure(name, linear_at(model, f"decoder.{name}")) for name in decoder_linears(model)]
-    rows = np.arange(min(CALIBRATION_HISTORIES, len(cases)))
-    TorchRecommender(model, "cpu").recommend(cases.select(rows).histories, k=1)
-    for handle in hooks:
-        handle.remove()
-    return errors
-
-
 def _search(model: DecoderModel, cases: Cases, config: QuantizeConfig, device: str) -> tuple[DecoderModel, Gate]:
-    """Quantize all but `keep_fp`; with `auto_keep`, keep ever more of the layers with the largest error."""
-    before = evaluate(TorchRecommender(model, device), cases, protocol=VALIDATION_PROTOCOL)
-    errors = layer_errors(model.cpu(), cases)
-    worst_first = sorted(errors, key=lambda name: -errors[name])
-    kept = 0
-    while True:
-        quantized = quantize_model(model, [*config.keep_fp, *worst_first[:kept]])
-        gate = _gate(before, evaluate(TorchRecommender(quantized, device), cases, protocol=VALIDATION_PROTOCOL), config)
+    """Quantize all but `keep_fp`; with `auto_keep`, keep ever more of the most sensitive layers."""
+    make = llm_int8 if config.backend == "bitsandbytes" else Int8Linear.from_linear
+    before = accuracy_of(model, cases, device)
+    quantized = quantize_model(model, config.keep_fp, make)
+    gate = _gate(before, accuracy_of(quantized, cases, device), config)
+    if gate.passed:
+        return quantized, gate
+    some = some_cases(cases, GATE_USERS_FOR_LAYERS, config.calibration.seed)
+    worst_first = [one.layer for one in sensitivity(model.cpu(), some, device)]
+    kept = 1
+    while config.auto_keep and kept < len(worst_first):
+        quantized = quantize_model(model, [*config.keep_fp, *worst_first[:kept]], make)
+        gate = _gate(before, accuracy_of(quantized, cases, device), config)
         if gate.passed:
             return quantized, gate
-        kept = max(1, 2 * kept)
-        if not config.auto_keep or kept >= len(worst_first):
-            raise CheckError(
-                f"8 bits cost too much: {gate.to_text()}. Largest 8-bit errors: {', '.join(worst_first[:3])}",
-                remedy=f"--auto-keep, --keep-fp {worst_first[0]}, or a lower --accuracy-gate",
-            )
+        kept *= 2
+    raise CheckError(
+        f"8 bits cost too much: {gate.to_text()}. Most sensitive layers: {', '.join(worst_first[:3])}",
+        remedy=f"--auto-keep, --keep-fp {worst_first[0]}, or a lower --accuracy-gate",
+    )
 
 
 def _gate(before: Accuracy, after: Accuracy, config: QuantizeConfig) -> Gate:

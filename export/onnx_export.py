@@ -19,7 +19,7 @@ from slmrec.catalogue import load_catalogue, require_same_catalogue
 from slmrec.config import ExportConfig, settings_of
 from slmrec.dataset import Dataset
 from slmrec.locks import one_run_at_a_time
-from slmrec.models.checkpoint import load_decoder, quantized_layers
+from slmrec.models.checkpoint import load_decoder, quantized_layers, with_neutral_layers
 from slmrec.models.decoder import DecoderModel
 from slmrec.models.ranking import TorchRecommender
 
@@ -44,7 +44,7 @@ def export_checkpoint(
     stage = Stage(name="export", kind="graph", settings=settings_of(config), parents=parents)
     if is_up_to_date(output, stage, force=force):
         return open_artifact(output), True
-    model = load_decoder(checkpoint).eval()
+    model = with_neutral_layers(load_decoder(checkpoint)).eval()
     with publish(output, stage) as folder:
         export_model(model, folder, config)
         data.items.save(folder)

@@ -123,21 +123,109 @@ class DistillConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CalibrationConfig:
+    """What of the data 8-bit scales are chosen on: histories of validation users."""
+
+    histories: int = 512
+    """Drawn at random; all where there are fewer."""
+    migrate: bool = True
+    """Move outliers of activations into the weights (SmoothQuant, arXiv:2211.10438); exact in fp32."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(
+            self.histories >= 1,
+            f"calibration_histories={self.histories} leaves nothing to calibrate on",
+            "--calibration-histories 512",
+        )
+        require_least(self, seed=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class QuantizeConfig:
     """8-bit weights per output channel, 8-bit activations per token."""
 
     bits: int = 8
+    backend: str = "neutral"
+    """neutral: layers any backend can run; bitsandbytes: LLM.int8 (arXiv:2208.07339), for PyTorch alone."""
     accuracy_gate: float = 0.99
     """Least NDCG@10 on validation users, as a fraction of the fp32 parent's."""
     keep_fp: tuple[str, ...] = ()
-    """Glob patterns of linear layers that stay fp32, such as layers.3.mlp.down_proj."""
+    """Glob patterns of linear layers that stay fp32, such as layers.3.mlp.down_proj or layers.3.mlp.down."""
     auto_keep: bool = False
-    """Keep the layers with the largest 8-bit error in fp32 until the gate holds."""
+    """Keep the most sensitive layers in fp32 until the gate holds."""
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
 
     def __post_init__(self) -> None:
         require(
             self.bits == 8,
-            f"bits={self.bits} is not supported: no measured runtime gains from fewer bits at these sizes",
+            f"bits={self.bits} is not supported: no measured runtime gains from fewer bits at these sizes, and 8 are "
+            "what ONNX Runtime and TensorRT compute with",
             "--bits 8",
         )
+        require_choice("backend", self.backend, ("neutral", "bitsandbytes"))
         require(0 < self.accuracy_gate <= 1, f"accuracy_gate={self.accuracy_gate} is no share", "--accuracy-gate 0.99")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SensitivityConfig:
+    """How the layers' sensitivity to 8 bits is measured."""
+
+    max_users: int = 2000
+    """Validation users that are asked, drawn at random; all where there are fewer."""
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+
+    def __post_init__(self) -> None:
+        require_least(self, max_users=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportanceConfig:
+    """How much each layer of a decoder matters."""
+
+    max_users: int = 2000
+    """Validation users that are asked, drawn at random; all where there are fewer."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_least(self, max_users=1, seed=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig:
+    """Which layers, heads and feed-forward channels a smaller decoder is left without, and how it is healed."""
+
+    num_layers: int | None = None
+    """Layers that remain; None = all but `drop`."""
+    drop: tuple[int, ...] = ()
+    """Layers to drop by number, from 0."""
+    criterion: str = "damage"
+    """damage: loss of validation NDCG@10 without the layer; angular: distance of the user vectors before and after
+    (arXiv:2403.17887); influence: 1 - cosine of a layer's input and output (ShortGPT, arXiv:2403.03853)."""
+    contiguous: bool = False
+    """Drop neighbouring layers alone."""
+    mlp_size: int | None = None
+    """Feed-forward channels that remain in each layer, by mean activation (Minitron, arXiv:2407.14679)."""
+    num_heads: int | None = None
+    """Query heads that remain in each layer, likewise; with grouped attention a group goes with its key."""
+    heal_epochs: int = 1
+    """Epochs of distillation from the unpruned model; 0 leaves the rest as it is."""
+    importance: ImportanceConfig = field(default_factory=ImportanceConfig)
+    train: TrainConfig
+    """Of the healing; its epochs are `heal_epochs` where these are not 0."""
+
+    def __post_init__(self) -> None:
+        require_choice("criterion", self.criterion, ("damage", "angular", "influence"))
+        require_least(self, num_layers=1, mlp_size=1, num_heads=1, heal_epochs=0)
+        require(
+            self.num_layers is None or not self.drop,
+            "--num-layers and --drop both say which layers go",
+            "one of the two",
+        )
+        wanted = (self.num_layers, self.mlp_size, self.num_heads)
+        require(
+            bool(self.drop) or any(one is not None for one in wanted),
+            "nothing is to be pruned",
+            "--num-layers 3, --drop 2,5, --mlp-size 1024 or --num-heads 6",
+        )
+        require(len(set(self.drop)) == len(self.drop), f"--drop {self.drop} names a layer twice", "each layer once")

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from compress.quantize import Gate, decoder_linears, layer_errors, quantize_model
+from compress.int8 import decoder_linears, quantize_model
+from compress.quantize import Gate
+from compress.sensitivity import sensitivity
 from slmrec.compress_config import QuantizeConfig
 from slmrec.errors import ConfigError
 from slmrec.models.checkpoint import quantized_layers
@@ -57,6 +59,7 @@ def test_every_decoder_linear_becomes_8_bit_but_those_kept(tiny_model):
     assert len(quantized_layers(quantize_model(model))) == len(decoder_linears(model)) == 14
     kept = quantize_model(model, ["layers.1.mlp.*"])
     assert len(quantized_layers(kept)) == 11
+    assert decoder_linears(quantize_model(model, ["layers.1.mlp.down"])) == ["layers.1.mlp.down_proj"]
     assert quantized_layers(model) == []
     with pytest.raises(ConfigError, match="no layer matches"):
         quantize_model(model, ["layers.9.*"])
@@ -79,14 +82,20 @@ def test_an_8_bit_model_scores_like_its_parent_and_not_like_zeros(tiny_model):
     assert torch.corrcoef(torch.stack([before.flatten(), after.flatten()]))[0, 1] > 0.99
 
 
-def test_the_layer_with_outliers_has_the_largest_error(tiny_model):
+def test_the_layer_with_outliers_is_the_most_sensitive(tiny_model):
     model = tiny_model(num_layers=2, prompt="none").eval()
     with torch.no_grad():
-        model.decoder.layers[1].mlp.up_proj.weight[:, 0] *= 300  # every row's scale is spent on one column
-    histories = Histories.of(Ragged.from_rows([[1, 2, 3], [4, 5, 6, 7]]))
-    errors = layer_errors(model, Cases(np.arange(2), histories, np.array([4, 8])))
-    assert max(errors, key=errors.get) == "layers.1.mlp.up_proj"
-    assert set(errors) == set(decoder_linears(model))
+        layer = model.decoder.layers[1]
+        layer.post_attention_layernorm.weight[0] /= 4096
+        layer.mlp.gate_proj.weight[:, 0] = 0
+        layer.mlp.up_proj.weight[:, 0] *= 4096  # every row's scale is spent on one column, which adds little
+    rows = np.random.default_rng(0).integers(1, 21, size=(64, 6))
+    cases = Cases(np.arange(64), Histories.of(Ragged.from_rows(list(rows))), rows[:, 0])
+    found = sensitivity(model, cases, "cpu")
+    assert found[0].layer == "layers.1.mlp.up_proj"
+    assert found[0].overlap_loss > 2 * found[2].overlap_loss
+    assert {one.layer for one in found} == set(decoder_linears(model))
+    assert quantized_layers(model) == []
 
 
 @pytest.mark.parametrize(("ratio", "passed"), [(0.98, False), (0.99, True), (1.02, True), (float("nan"), False)])

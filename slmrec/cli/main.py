@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from slmrec.cli import artifacts, bench, build, data, demo, doctor, importing, train
+from slmrec.cli import artifacts, bench, data, demo, distilling, doctor, importing, shrinking, train
 from slmrec.errors import ConfigError, SlmrecError
 from slmrec.processes import leave_the_message_to_the_main_process, process_count
 
@@ -54,7 +54,8 @@ def main(runs: Path | None) -> None:
 
 for command in (
     demo.demo, doctor.doctor, data.data, train.train_items, train.train_teacher, importing.import_teacher,
-    build.distill, build.prune, build.quantize, artifacts.export, artifacts.bundle, artifacts.verify,
+    distilling.distill, shrinking.importance, shrinking.prune, shrinking.sensitivity, shrinking.quantize,
+    artifacts.export, artifacts.bundle, artifacts.verify,
     artifacts.recommend, bench.evaluate, bench.benchmark,
 ):  # fmt: skip
     main.add_command(command)

@@ -7,8 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from slmrec.artifact import Artifact, Stage, open_artifact, publish, work_folder, write_json
 from slmrec.catalogue import Catalogue
@@ -16,17 +17,24 @@ from slmrec.config import RecipeConfig, SasrecConfig, TrainConfig, WindowConfig
 from slmrec.errors import ArtifactError
 from slmrec.models.decoder import DecoderModel, DecoderSpec
 from slmrec.models.layers import Int8Linear
+from slmrec.models.llm_int8 import as_int8_linear, is_llm_int8, llm_int8, transformers_settings
 from slmrec.models.ranking import TorchRecommender
 from slmrec.models.sasrec import Sasrec
 from slmrec.writing import save_tensors
 
 CONFIG_FILE, WEIGHTS_FILE, TRAINING_FILE = "config.json", "model.safetensors", "training.jsonl"
+DECODER_FOLDER, TOKEN_EMBEDDING = "decoder", "embed_tokens.weight"
+"""Where an LLM.int8 checkpoint keeps its decoder, as transformers' `from_pretrained` reads it."""
 
 
 def save_checkpoint(folder: Path, model: Sasrec | DecoderModel, training: list[dict[str, Any]] | None = None) -> None:
     """Write a model, and the curves of its training where there are any; the catalogue is saved apart."""
-    write_json(folder / CONFIG_FILE, _to_json(model))
-    save_tensors(folder / WEIGHTS_FILE, model.state_dict())
+    config, weights = _to_json(model), model.state_dict()
+    write_json(folder / CONFIG_FILE, config)
+    if config.get("quantization", {}).get("backend") == "bitsandbytes":
+        assert isinstance(model, DecoderModel)
+        weights = _save_llm_int8(folder / DECODER_FOLDER, model)
+    save_tensors(folder / WEIGHTS_FILE, weights)
     if training:
         lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in training)
         (folder / TRAINING_FILE).write_text(lines, encoding="utf-8")
@@ -48,15 +56,21 @@ def build_model(artifact: Artifact) -> Sasrec | DecoderModel:
     """The model of a checkpoint artefact with random weights: its shapes, as a plan needs them."""
     config = json.loads((artifact.path / CONFIG_FILE).read_text(encoding="utf-8"))
     model = _from_json(config)
-    for name in config.get("quantization", {}).get("layers", []):
-        replace_linear(model, name, Int8Linear.from_linear(linear_at(model, name)))
+    quantization = config.get("quantization", {})
+    made = llm_int8 if quantization.get("backend") == "bitsandbytes" else Int8Linear.from_linear
+    for name in quantization.get("layers", []):
+        replace_linear(model, name, made(linear_at(model, name)))
     return model
 
 
 def load_model(artifact: Artifact) -> Sasrec | DecoderModel:
     """The model of a checkpoint artefact, on the CPU, in training mode."""
     model = build_model(artifact)
-    model.load_state_dict(load_file(artifact.path / WEIGHTS_FILE))
+    weights = load_file(artifact.path / WEIGHTS_FILE)
+    if (artifact.path / DECODER_FOLDER).is_dir():
+        decoder = load_file(artifact.path / DECODER_FOLDER / WEIGHTS_FILE)
+        weights |= {f"decoder.{name}": value for name, value in decoder.items() if name != TOKEN_EMBEDDING}
+    model.load_state_dict(weights)
     return model
 
 
@@ -82,7 +96,17 @@ def load_checkpoint(artifact: Artifact, device: str = "auto") -> TorchRecommende
 
 def quantized_layers(model: nn.Module) -> list[str]:
     """Names of the 8-bit layers, in the model's order."""
-    return [name for name, module in model.named_modules() if isinstance(module, Int8Linear)]
+    modules = model.named_modules()
+    return [name for name, module in modules if isinstance(module, Int8Linear) or is_llm_int8(module)]
+
+
+def with_neutral_layers(model: DecoderModel) -> DecoderModel:
+    """The model, LLM.int8 layers replaced by those of the same integers that every backend has."""
+    for name in quantized_layers(model):
+        layer = model.get_submodule(name)
+        if is_llm_int8(layer):
+            replace_linear(model, name, as_int8_linear(layer))
+    return model
 
 
 def linear_at(model: nn.Module, name: str) -> nn.Linear:
@@ -104,11 +128,31 @@ def _to_json(model: Sasrec | DecoderModel) -> dict[str, Any]:
     config: dict[str, Any] = {"architecture": "decoder", "spec": asdict(model.spec)}
     layers = quantized_layers(model)
     if layers:
+        foreign = is_llm_int8(model.get_submodule(layers[0]))
         config["quantization"] = {
-            "bits": 8, "weights": "int8 symmetric per output channel",
-            "activations": "int8 symmetric per token, dynamic", "layers": layers,
+            "bits": 8, "backend": "bitsandbytes" if foreign else "neutral",
+            "weights": "int8 symmetric per output channel",
+            "activations": "int8 symmetric per token, dynamic" + ("; outlier columns in fp16" if foreign else ""),
+            "layers": layers,
         }  # fmt: skip
     return config
+
+
+def _save_llm_int8(folder: Path, model: DecoderModel) -> dict[str, Tensor]:
+    """Write the decoder as transformers loads it; gives the weights that are not its."""
+    weights = model.state_dict()
+    layers = {name.removeprefix("decoder.") for name in quantized_layers(model)}
+    kept = [name for name, module in model.decoder.named_modules() if isinstance(module, nn.Linear)]
+    settings = model.decoder.config.to_dict() | {
+        "quantization_config": transformers_settings([name for name in kept if name not in layers]),
+        "architectures": [type(model.decoder).__name__],
+    }
+    decoder = {name.removeprefix("decoder."): v for name, v in weights.items() if name.startswith("decoder.")}
+    decoder[TOKEN_EMBEDDING] = torch.zeros(1, model.hidden_size)
+    folder.mkdir()
+    write_json(folder / CONFIG_FILE, settings)
+    save_tensors(folder / WEIGHTS_FILE, decoder, {"format": "pt"})
+    return {name: value for name, value in weights.items() if not name.startswith("decoder.")}
 
 
 def _from_json(config: Mapping[str, Any]) -> Sasrec | DecoderModel:

@@ -1,11 +1,11 @@
-"""distill, prune and quantize."""
+"""distill: the student."""
 
 from pathlib import Path
 from typing import Any
 
 import click
 
-from slmrec.cli.loading import choose, choose_student, resolve_output
+from slmrec.cli.loading import choose, resolve_output
 from slmrec.cli.options import (
     common_options,
     data_option,
@@ -15,7 +15,7 @@ from slmrec.cli.options import (
     output_option,
     print_result,
 )
-from slmrec.compress_config import DistillConfig, FeatureConfig, OnlineConfig, QuantizeConfig
+from slmrec.compress_config import DistillConfig, FeatureConfig, OnlineConfig
 from slmrec.config import TrainConfig
 from slmrec.errors import ConfigError
 
@@ -130,48 +130,3 @@ def _distill_config(flags: dict[str, Any], seed: int) -> DistillConfig:
         online=OnlineConfig(**online) if together else None,
         train=TrainConfig(**train, seed=seed),
     )
-
-
-@click.command()
-@click.option("--num-layers", default=3, show_default=True, help="Layers that remain.")
-@model_option
-@data_option
-@output_option("student-pruned")
-@common_options
-def prune(model: Path | None, num_layers: int, **_: Any) -> None:
-    """Drop layers of a student (not in this version)."""
-    raise ConfigError(
-        "prune is not part of this version",
-        remedy=f"slmcompress distill --num-layers {num_layers} --num-blocks {num_layers}: a student of that depth",
-    )
-
-
-@click.command()
-@click.option("--bits", default=8, show_default=True, help="Of weights and activations.")
-@click.option(
-    "--accuracy-gate", default=0.99, show_default=True, help="Least share of the parent's validation NDCG@10."
-)
-@click.option("--keep-fp", multiple=True, help="Layers that stay fp32, such as layers.3.mlp.down_proj; * matches.")
-@click.option("--auto-keep", is_flag=True, help="Keep the layers with the largest 8-bit error until the gate holds.")
-@model_option
-@data_option
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Output folder  [default: <model>-int8]")
-@common_options
-def quantize(
-    model: Path | None, data: Path | None, output: Path | None, device: str, seed: int, as_json: bool, force: bool,
-    **flags: Any,
-) -> None:  # fmt: skip
-    """Make a student 8-bit: int8 weights per output channel, int8 activations per token."""
-    config = QuantizeConfig(**flags)
-    parent = choose_student(model, wanted=lambda artifact: "quantize" not in artifact.stages)
-    dataset = choose(data, "data", "slmcompress data FILE", "dataset")
-    from compress.quantize import quantize as run
-    from compress.quantize import read_gate
-    from slmrec.cli.stages import made, made_text
-    from slmrec.dataset import load_dataset
-
-    beside = parent.path if parent.path.name else parent.path.resolve()
-    output = resolve_output(output or beside.with_name(f"{beside.name}-int8"), "")
-    result = run(parent, load_dataset(dataset.path), output, config, device=device, force=force)
-    gate, text = read_gate(result[0])
-    print_result(made(*result) | {"gate": gate}, f"{made_text(*result)}\n{text}", as_json=as_json)

@@ -1,0 +1,98 @@
+"""sensitivity: what 8 bits in each layer alone cost, measured on validation users."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compress.calibrate import some_cases
+from compress.int8 import decoder_linears, load_full_precision, prepare, quantize_model
+from compress.plots import bars
+from slmrec.artifact import Artifact, Stage, is_up_to_date, open_artifact, publish, write_json
+from slmrec.catalogue import load_catalogue, require_same_catalogue
+from slmrec.compress_config import SensitivityConfig
+from slmrec.config import settings_of
+from slmrec.dataset import Dataset
+from slmrec.evaluate import VALIDATION_PROTOCOL, Accuracy, evaluate
+from slmrec.locks import one_run_at_a_time
+from slmrec.metrics import overlap
+from slmrec.models.decoder import DecoderModel
+from slmrec.models.ranking import TorchRecommender
+from slmrec.progress import progress_bar
+from slmrec.sequences import Cases, validation_cases
+
+SENSITIVITY_FILE = "sensitivity.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sensitivity:
+    """What 8 bits in one layer alone cost."""
+
+    layer: str
+    ndcg_loss: float
+    """Of NDCG@10, relative to fp32; negative where 8 bits happen to rank better."""
+    overlap_loss: float
+    """Share of the first ten recommendations that change."""
+
+
+@one_run_at_a_time
+def write_sensitivity(
+    parent: Artifact, data: Dataset, output: Path, config: SensitivityConfig, *, device: str, force: bool = False
+) -> tuple[Artifact, bool]:
+    """Measure every layer of a checkpoint and write table and plot; gives the artefact and whether it was there."""
+    require_same_catalogue(
+        load_catalogue(parent.path), data.items, model_name=str(parent.path), data_name=str(data.artifact.path)
+    )
+    parents = {"model": parent, "data": data.artifact}
+    stage = Stage(name="sensitivity", kind="analysis", settings=settings_of(config), parents=parents)
+    if is_up_to_date(output, stage, force=force):
+        return open_artifact(output), True
+    cases = validation_cases(data.sequences)
+    model = prepare(load_full_precision(parent), cases, config.calibration).model
+    some = some_cases(cases, config.max_users, config.calibration.seed)
+    found = sensitivity(model, some, device)
+    with publish(output, stage) as folder:
+        write_json(
+            folder / SENSITIVITY_FILE,
+            {"num_users": len(some), "split": "validation", "layers": [vars(one) for one in found]},
+        )
+        losses = {one.layer: 100 * one.overlap_loss for one in found}
+        bars(losses, folder / "sensitivity", label="first ten recommendations that change, %, when this layer is 8-bit")
+    return open_artifact(output), False
+
+
+def read_sensitivity(artifact: Artifact) -> dict[str, Any]:
+    """What `sensitivity.json` holds."""
+    found: dict[str, Any] = json.loads((artifact.path / SENSITIVITY_FILE).read_text(encoding="utf-8"))
+    return found
+
+
+def sensitivity_text(layers: Sequence[dict[str, Any]]) -> str:
+    """A table for the terminal, most sensitive first."""
+    width = max(len(one["layer"]) for one in layers)
+    lines = [f"{'layer':<{width}}  top-10 changed  NDCG@10 lost"]
+    for one in layers:
+        lines.append(f"{one['layer']:<{width}}  {100 * one['overlap_loss']:12.2f} %  {100 * one['ndcg_loss']:10.2f} %")
+    return "\n".join(lines)
+
+
+def sensitivity(model: DecoderModel, cases: Cases, device: str) -> list[Sensitivity]:
+    """What 8 bits in each linear layer alone cost these users, most sensitive first (by the lists that change)."""
+    layers = decoder_linears(model)
+    found = []
+    with progress_bar("sensitivity", len(layers) + 1) as bar:
+        before = accuracy_of(model, cases, device)
+        bar(1)
+        for layer in layers:
+            after = accuracy_of(quantize_model(model, [name for name in layers if name != layer]), cases, device)
+            ratio = after.metrics["ndcg@10"].estimate / max(before.metrics["ndcg@10"].estimate, 1e-12)
+            changed = 1 - float(overlap(after.top_10, before.top_10).mean())
+            found.append(Sensitivity(layer=layer, ndcg_loss=1 - ratio, overlap_loss=changed))
+            bar(1)
+    return sorted(found, key=lambda one: -one.overlap_loss)
+
+
+def accuracy_of(model: DecoderModel, cases: Cases, device: str) -> Accuracy:
+    """Accuracy on validation cases."""
+    return evaluate(TorchRecommender(model, device), cases, protocol=VALIDATION_PROTOCOL)
