@@ -127,8 +127,10 @@ def stores_features(teacher: DecoderModel, config: DistillConfig) -> bool:
 
 
 def student_samples(artifact: Artifact, teacher: DecoderModel, data: Dataset) -> Samples:
-    """The samples the teacher was trained on."""
-    return teacher_samples(teacher.spec.recipe, WindowConfig(**artifact.settings["window"]), data)
+    """The samples the teacher was trained on; of a student, those of the teacher it descends from."""
+    stages = [*artifact.manifest["lineage"], {"stage": artifact.stage, "settings": artifact.settings}]
+    [*_, settings] = [one["settings"] for one in stages if one["stage"] in ("train-teacher", "import-teacher")]
+    return teacher_samples(teacher.spec.recipe, WindowConfig(**settings["window"]), data)
 
 
 def objective_of(teacher: DecoderModel, student: DecoderModel, config: DistillConfig) -> nn.Module:

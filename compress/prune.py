@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors import safe_open
 
 from compress.calibrate import calibrate, some_cases
@@ -227,6 +228,7 @@ def _heal(setting: Setting, smaller: DecoderModel, key: str) -> list[dict[str, A
     """Train the smaller decoder to follow the whole one; its weights change."""
     config = healing(setting.whole, smaller.num_layers, setting.config)
     target = resolve_device(setting.device)
+    torch.manual_seed(config.train.seed)  # of the adapters
     pair = Pair(setting.parent, setting.whole.cpu(), smaller)
     with followed(pair, setting.data, config, setting.output, target) as task:
         log = train(task, config.train, work_folder(setting.output), key, target).log

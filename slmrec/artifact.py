@@ -34,7 +34,7 @@ class Artifact:
 
     @property
     def kind(self) -> str:
-        """dataset, checkpoint, graph, engine or bundle."""
+        """dataset, checkpoint, graph, engine, bundle or analysis."""
         return str(self.manifest["kind"])
 
     @property

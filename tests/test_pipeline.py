@@ -18,7 +18,7 @@ from slmrec.recommender import PAD, Histories, Recommender
 from slmrec.sequences import test_cases as held_out
 from slmrec.synthetic import write_backbone, write_log
 
-PRODUCTS = ("items", "teacher", "student", "student-int8", "export", "bundle")
+PRODUCTS = ("items", "teacher", "student", "student-int8", "export", "bundle", "student-pruned")
 FAST = ["--precision", "fp32", "--batch-size", "32", "--learning-rate", "3e-3", "--item-learning-rate", "3e-3"]
 
 
@@ -43,6 +43,7 @@ def runs(tmp_path_factory):
     call(runs, "quantize", "--bits", 8)
     call(runs, "export")
     call(runs, "bundle")
+    call(runs, "prune", "--num-layers", 1, "--heal-epochs", 6, "--warmup-steps", 10, *FAST)
     return runs
 
 
@@ -113,9 +114,10 @@ def test_k_above_the_catalogue_gives_a_short_list(recommender, data):
 
 
 def test_the_same_command_again_is_up_to_date_and_another_needs_force(runs):
-    assert json.loads(call(runs, "quantize", "--bits", 8, "--json"))["up_to_date"]
+    again = ["quantize", "--bits", 8, "-m", runs / "student"]
+    assert json.loads(call(runs, *again, "--json"))["up_to_date"]
     with pytest.raises(ArtifactError, match="--force"):
-        call(runs, "quantize", "--accuracy-gate", 0.5)
+        call(runs, *again, "--accuracy-gate", 0.5)
 
 
 def test_a_dry_run_says_what_the_run_would_say(runs):
@@ -167,7 +169,15 @@ def test_recommend_maps_external_ids_and_keeps_the_order(runs, tmp_path):
         (["quantize", "--bits", "4"], "bits=4 is not supported"),
         (["quantize", "-m", "{runs}/student-int8", "-o", "x"], "8-bit checkpoint already"),
         (["export", "--top-k", "3841"], "possible are 1 to 3840"),
-        (["prune"], "not part of this version"),
+        (["quantize", "--calibration-histories", "0"], "nothing to calibrate on"),
+        (["quantize", "--keep-fp", "layers.9.*", "-o", "x"], "no layer matches --keep-fp 'layers.9"),
+        (["prune"], "nothing is to be pruned"),
+        (["prune", "--num-layers", "2", "-o", "x"], "num_layers=2, but .*student has 2 layers"),
+        (["prune", "--num-layers", "0"], "num_layers=0 is below 1"),
+        (["prune", "--drop", "1,x"], "is no list of layers"),
+        (["prune", "--num-layers", "1", "-m", "{runs}/student-int8", "-o", "x"], "cannot be healed"),
+        (["sensitivity", "-m", "{runs}/student-int8", "-o", "x"], "8-bit checkpoint already"),
+        (["importance", "-m", "{runs}/items", "-o", "x"], "without a decoder"),
         (["train-teacher", "--backbone", "{runs}/data", "-o", "x"], "config.json|not a supported decoder"),
         (["train-teacher", "--supervision", "all", "--prompt", "slmrec"], "supervision=all"),
         (["evaluate", "-m", "{runs}/data"], "is a dataset"),
@@ -189,6 +199,29 @@ def test_a_gate_that_cannot_be_met_writes_nothing(runs, tmp_path, monkeypatch):
     with pytest.raises(CheckError, match=r"8 bits cost too much.*layers\."):
         call(runs, "quantize", "-m", runs / "student", "-o", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_analyses_work_as_typed(runs, tmp_path):
+    sensitivity = json.loads(call(runs, "sensitivity", "--json", "-m", runs / "student", "-o", tmp_path / "s"))
+    assert len(sensitivity["layers"]) == 14
+    assert "NDCG@10 lost" in call(runs, "sensitivity", "-m", runs / "student", "-o", tmp_path / "s")
+    importance = json.loads(call(runs, "importance", "--json", "-m", runs / "student", "-o", tmp_path / "i"))
+    assert [one["layer"] for one in importance["layers"]] == [0, 1]
+    assert {path.name for path in (tmp_path / "s").iterdir()} == {
+        "manifest.json", "sensitivity.json", "sensitivity.svg", "sensitivity.png"
+    }  # fmt: skip
+
+
+def test_few_calibration_histories_are_warned_of(runs, tmp_path):
+    command = ["--runs", str(runs), "quantize", "--calibration-histories", "8", "-m", str(runs / "student")]
+    result = CliRunner().invoke(main, [*command, "-o", str(tmp_path / "out")], standalone_mode=False)
+    assert "calibration has 8 histories" in result.stderr
+
+
+def test_llm_int8_as_typed_passes_its_gate_and_keeps_the_known_answer(runs, tmp_path):
+    made = call(runs, "quantize", "--backend", "bitsandbytes", "-m", runs / "student", "-o", tmp_path / "bnb", "--json")
+    assert json.loads(made)["gate"]["passed"]
+    assert json.loads(call(runs, "evaluate", "-m", tmp_path / "bnb", "--json"))["hr@1"] == 1.0
 
 
 def test_a_teacher_of_another_catalogue_is_refused(runs, tmp_path):

@@ -1,0 +1,131 @@
+"""LLM.int8 checkpoints: bitsandbytes' own arithmetic, transformers' own loader, and the way to every other backend."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from compress.int8 import decoder_linears, quantize_model
+from export.onnx_export import export_checkpoint
+from export.runtime import OnnxRecommender
+from slmrec.artifact import Stage, open_artifact, publish
+from slmrec.config import DataConfig, ExportConfig
+from slmrec.dataset import load_dataset
+from slmrec.errors import ConfigError
+from slmrec.interactions import prepare_dataset
+from slmrec.models.checkpoint import load_decoder, quantized_layers, save_checkpoint, with_neutral_layers
+from slmrec.models.layers import Int8Linear
+from slmrec.models.llm_int8 import as_int8_linear, is_llm_int8, llm_int8
+from slmrec.models.ranking import TorchRecommender
+from slmrec.sequences import test_cases as held_out
+from slmrec.synthetic import write_log
+
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Twenty items."""
+    runs = tmp_path_factory.mktemp("runs")
+    prepare_dataset([write_log(runs / "log.txt", num_users=60, num_items=20)], runs / "data", DataConfig())
+    return load_dataset(runs / "data")
+
+
+def saved(model, data, output):
+    with publish(output, Stage(name="quantize", kind="checkpoint", settings={}, parents={})) as folder:
+        save_checkpoint(folder, model)
+        data.items.save(folder)
+    return open_artifact(output)
+
+
+def test_an_llm_int8_layer_is_the_definition_written_out():
+    torch.manual_seed(0)
+    linear, inputs = torch.nn.Linear(64, 24), torch.randn(5, 64)
+    inputs[1, 7] = 30  # an outlier: its column computes in 16 bits
+    with torch.inference_mode():
+        actual = llm_int8(linear)(inputs).numpy()
+    weight = linear.weight.detach().half().double().numpy()
+    scale = np.abs(weight).max(axis=1) / 127
+    rounded = np.rint(weight / scale[:, None])
+    x = inputs.half().double().numpy()
+    plain = np.delete(np.arange(64), 7)
+    x_scale = np.abs(x[:, plain]).max(axis=1, keepdims=True) / 127
+    expected = np.rint(x[:, plain] / x_scale) @ rounded[:, plain].T * x_scale * scale
+    expected += np.outer(x[:, 7], (rounded * scale[:, None])[:, 7]) + linear.bias.detach().numpy()
+    np.testing.assert_allclose(actual, expected, rtol=5e-3, atol=5e-3)
+
+
+def test_the_neutral_layer_has_the_same_integers_and_scales():
+    torch.manual_seed(0)
+    layer = llm_int8(torch.nn.Linear(64, 24))
+    neutral = as_int8_linear(layer)
+    assert torch.equal(neutral.weight, layer.state_dict()["weight"])
+    assert torch.equal(neutral.scale, layer.state_dict()["SCB"] / 127)
+    inputs = torch.randn(5, 64)  # no outliers: the two compute the same
+    with torch.inference_mode():
+        torch.testing.assert_close(neutral(inputs), layer(inputs), rtol=5e-3, atol=5e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_checkpoint_loads_as_it_was_saved(tiny_model, data, tmp_path, family):
+    model = quantize_model(
+        tiny_model(family=family, num_layers=2, prompt="slmrec"), ["layers.0.mlp.*"], llm_int8
+    ).eval()
+    again = load_decoder(saved(model, data, tmp_path / "int8")).eval()
+    assert len(quantized_layers(again)) == 11
+    assert decoder_linears(again) == [f"layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")]
+    items = torch.tensor([[3, 4, 5], [9, 2, 7]])
+    with torch.inference_mode():
+        assert torch.equal(again.score(items), model.score(items))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_loads_the_decoder_and_computes_the_same(tiny_model, data, tmp_path, family):
+    from transformers import AutoModel
+
+    model = quantize_model(tiny_model(family=family, num_layers=2, prompt="none"), ["layers.1.mlp.up"], llm_int8).eval()
+    saved(model, data, tmp_path / "int8")
+    stored = load_file(tmp_path / "int8" / "decoder" / "model.safetensors")
+    assert {"weight", "SCB", "weight_format"} <= {
+        name.rpartition(".")[2] for name in stored if "layers.0.self_attn.q_proj" in name
+    }
+    theirs = AutoModel.from_pretrained(tmp_path / "int8" / "decoder", dtype=torch.float32, device_map="cpu").eval()
+    assert is_llm_int8(theirs.layers[0].mlp.up_proj)
+    assert type(theirs.layers[1].mlp.up_proj) is torch.nn.Linear
+    vectors = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = model.decoder(inputs_embeds=vectors).last_hidden_state
+        assert torch.equal(theirs(inputs_embeds=vectors).last_hidden_state, expected)
+
+
+def test_a_graph_has_the_integers_of_the_checkpoint(tiny_model, data, tmp_path):
+    import onnx
+    from onnx.numpy_helper import to_array
+
+    model = quantize_model(tiny_model(num_layers=2, prompt="none", supervision="all"), (), llm_int8).eval()
+    checkpoint = saved(model, data, tmp_path / "int8")
+    graph, _ = export_checkpoint(checkpoint, data, tmp_path / "graph", ExportConfig())
+    down = load_decoder(checkpoint).decoder.layers[0].mlp.down_proj.state_dict()["weight"].numpy()
+    constants = [to_array(one) for one in onnx.load(graph.path / "model.onnx").graph.initializer]
+    assert any(one.dtype == np.int8 and one.shape == down.T.shape and (one == down.T).all() for one in constants)
+    histories = held_out(data.sequences).histories
+    neutral = TorchRecommender(with_neutral_layers(load_decoder(checkpoint)), "cpu").recommend(histories, 5)
+    assert (OnnxRecommender(graph.path).recommend(histories, 5).item_ids == neutral.item_ids).mean() > 0.99
+
+
+def test_the_config_says_which_backend(tiny_model, data, tmp_path):
+    for make, backend in ((llm_int8, "bitsandbytes"), (Int8Linear.from_linear, "neutral")):
+        saved(quantize_model(tiny_model(num_layers=1, prompt="none"), (), make), data, tmp_path / backend)
+        config = json.loads((tmp_path / backend / "config.json").read_text())
+        assert config["quantization"]["backend"] == backend
+        assert (tmp_path / backend / "decoder").exists() is (backend == "bitsandbytes")
+
+
+def test_without_bitsandbytes_the_remedy_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ConfigError, match="bitsandbytes is not installed") as caught:
+        llm_int8(torch.nn.Linear(4, 4))
+    assert "slmcompress[bnb]" in caught.value.remedy
