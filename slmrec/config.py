@@ -104,11 +104,15 @@ class SasrecConfig:
     num_layers: int = 2
     num_heads: int = 1
     dropout: float = 0.3
+    supervision: str = "all"
+    """all: every position predicts its successor, in one pass; prefixes: every prefix is a sample of its own, which
+    costs more and pays where sequences are short."""
     window: WindowConfig = field(default_factory=WindowConfig)
     train: TrainConfig
 
     def __post_init__(self) -> None:
         require_least(self, num_layers=1, hidden_size=1)
+        require_choice("supervision", self.supervision, ("all", "prefixes"))
         require(
             self.num_heads >= 1 and self.hidden_size % self.num_heads == 0,
             f"hidden_size={self.hidden_size} cannot be cut into num_heads={self.num_heads} heads",

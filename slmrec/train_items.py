@@ -19,8 +19,8 @@ from slmrec.train import Task, train
 
 
 def item_samples(config: SasrecConfig, data: Dataset) -> Samples:
-    """What SASRec is trained on: every position of every window."""
-    return training_samples(data.sequences, config.window, "all", after_suffix=False)
+    """What SASRec is trained on: every position of every window, or every prefix."""
+    return training_samples(data.sequences, config.window, config.supervision, after_suffix=False)
 
 
 def items_stage(config: SasrecConfig, data: Dataset) -> Stage:

@@ -38,6 +38,7 @@ def made(tmp_path_factory):
             ["train-teacher", "--backbone", backbone, "--num-layers", 2, "--prompt", "none", *TRAIN],
             ["distill", "--num-layers", 2, "--num-blocks", 2, *TRAIN],
             ["quantize", "--auto-keep"],
+            ["prune", "--num-layers", 1, "-m", runs / "student", *TRAIN[:2]],
         ):
             result = CliRunner().invoke(main, ["--runs", str(runs), *map(str, command)], standalone_mode=False)
             if result.exception is not None:
@@ -54,6 +55,6 @@ def test_other_last_items_change_no_weight_no_scale_and_no_choice(made):
     assert first.items.item_ids == second.items.item_ids
     differ = sum(a[-1] != b[-1] for a, b in zip(first.sequences, second.sequences, strict=True))
     assert differ == 150, "the two logs do differ in their last items"
-    for product in ("items", "teacher", "student", "student-int8"):
+    for product in ("items", "teacher", "student", "student-int8", "student-pruned"):
         files = [open_artifact(runs / product).manifest["files"] for runs in (one, other)]
         assert files[0] == files[1], product

@@ -23,6 +23,13 @@ from slmrec.config import RecipeConfig, SasrecConfig, TeacherConfig, TrainConfig
 @click.option("--num-layers", default=2, show_default=True)
 @click.option("--num-heads", default=1, show_default=True)
 @click.option("--dropout", default=0.3, show_default=True)
+@click.option(
+    "--supervision",
+    type=click.Choice(["all", "prefixes"]),
+    default="all",
+    show_default=True,
+    help="Targets: every position in one pass, or every prefix by itself, which costs more and pays on short ones.",
+)
 @click.option("--max-history", default=50, show_default=True, help="Newest items the model sees.")
 @click.option("--max-events", type=int, help="Newest training events used of each user  [default: all]")
 @click.option("--epochs", default=200, show_default=True)
@@ -44,6 +51,7 @@ def train_items(
         num_layers=flags["num_layers"],
         num_heads=flags["num_heads"],
         dropout=flags["dropout"],
+        supervision=flags["supervision"],
         window=WindowConfig(max_history=flags["max_history"], max_events=flags["max_events"]),
         train=TrainConfig(
             epochs=flags["epochs"],

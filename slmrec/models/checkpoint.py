@@ -158,6 +158,11 @@ def _save_llm_int8(folder: Path, model: DecoderModel) -> dict[str, Tensor]:
 def _from_json(config: Mapping[str, Any]) -> Sasrec | DecoderModel:
     if config["architecture"] == "sasrec":
         settings = dict(config["sasrec"])
+        if "supervision" not in settings:
+            raise ArtifactError(
+                "this SASRec checkpoint was written by slmcompress before its norms and positions changed",
+                remedy="make it again (slmcompress train-items)",
+            )
         settings["window"] = WindowConfig(**settings["window"])
         settings["train"] = TrainConfig(**settings["train"])
         return Sasrec(SasrecConfig(**settings), config["num_items"])
