@@ -10,12 +10,14 @@ from compress.blocks import block_ends, state_index
 from compress.losses import direction_loss, divergence_loss, magnitude_loss
 from slmrec.compress_config import DistillConfig
 from slmrec.models.decoder import DecoderModel
-from slmrec.samples import cross_entropy
+from slmrec.samples import cross_entropy, rows_of, target_rows
 from slmrec.train import Batch
 
 States = Sequence[Tensor]
 Targets = Int64[Tensor, " targets"]
 BlockFeatures = Float[Tensor, "feature_targets blocks hidden"]
+ReadStates = Mapping[int, Tensor]
+"""Last layer of a block -> its states at the targets, [targets, hidden]."""
 
 
 class DistillObjective(nn.Module):
@@ -49,13 +51,14 @@ class DistillObjective(nn.Module):
 
     def terms(self, states: States, batch: Batch, features: BlockFeatures | None) -> dict[str, Tensor]:
         """The terms of a student's states; `features` may carry a gradient to their teacher."""
-        wanted = batch.targets != 0
-        targets = batch.targets[wanted]
-        scores = self.student.logits(states[-1][wanted])
+        rows = target_rows(batch)
+        targets = batch.targets.flatten()[rows]
+        read = {end: rows_of(states[state_index(end)], rows) for end in self.ends}
+        scores = self.student.logits(read[self.ends[-1]])
         terms = {"ce": cross_entropy(scores, targets)}
         if self.config.matches_features:
-            terms |= self._feature_terms(states, batch, features)
-        terms |= self._supervision_terms(states, wanted, targets)
+            terms |= self._feature_terms(read, batch, features)
+        terms |= self._supervision_terms(read, targets)
         if self.config.list_weight:
             assert batch.best is not None
             best = batch.best.long() - 1
@@ -64,18 +67,18 @@ class DistillObjective(nn.Module):
             terms["list"] = self.config.list_weight * divergence_loss(ours, theirs)
         return terms
 
-    def _feature_terms(self, states: States, batch: Batch, features: BlockFeatures | None) -> dict[str, Tensor]:
+    def _feature_terms(self, read: ReadStates, batch: Batch, features: BlockFeatures | None) -> dict[str, Tensor]:
         """Means over all targets, to which those without a comparable feature add nothing."""
         assert features is not None
         config, terms = self.config, {}
-        kept = feature_targets(batch, has_prefix=self.student.spec.prefix_length > 0)
-        count = len(kept)
+        is_kept = feature_targets(batch, has_prefix=self.student.spec.prefix_length > 0)
+        count, kept = len(is_kept), is_kept.nonzero()[:, 0]
         share = (1 / config.num_blocks if config.loss == "paper" else 1.0) * len(features) / count
         norms = batch.feature_norms
         if norms is None:
             norms = features.detach().float().pow(2).sum(dim=(0, 2)) / count
         for block, end in enumerate(self.ends):
-            ours = self.projections[block](states[state_index(end)][batch.targets != 0][kept].float())
+            ours = self.projections[block](read[end].index_select(0, kept).float())
             theirs = features[:, block]
             if config.direction_weight:
                 loss = direction_loss(ours, theirs) if len(ours) else ours.sum()
@@ -87,10 +90,10 @@ class DistillObjective(nn.Module):
                 terms[f"magnitude_block_{block + 1}"] = config.magnitude_weight * share * loss
         return terms
 
-    def _supervision_terms(self, states: States, wanted: Tensor, targets: Targets) -> dict[str, Tensor]:
+    def _supervision_terms(self, read: ReadStates, targets: Targets) -> dict[str, Tensor]:
         config, terms = self.config, {}
         share = 1 / max(1, len(self.adapters)) if config.loss == "paper" else 1.0
-        for block, logits in enumerate(adapted_logits(self.student, self.adapters, states, wanted)):
+        for block, logits in enumerate(adapted_logits(self.student, self.adapters, read)):
             terms[f"supervision_block_{block + 1}"] = config.supervision_weight * share * cross_entropy(logits, targets)
         return terms
 
@@ -111,22 +114,26 @@ class OnlineObjective(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The student's terms as `DistillObjective` names them, those of the teacher, and logits_block_i."""
-        wanted = batch.targets != 0
-        targets = batch.targets[wanted]
-        theirs = self.teacher(batch.item_ids)
+        rows = target_rows(batch)
+        targets = batch.targets.flatten()[rows]
+        states = self.teacher(batch.item_ids)
+        theirs = {end: rows_of(states[state_index(end)], rows) for end in self.ends}
         ours = self.distillation.student(batch.item_ids)
-        kept = feature_targets(batch, has_prefix=self.teacher.spec.prefix_length > 0)
-        features = torch.stack([theirs[state_index(end)][wanted][kept] for end in self.ends], dim=1)
+        kept = feature_targets(batch, has_prefix=self.teacher.spec.prefix_length > 0).nonzero()[:, 0]
+        features = torch.stack([theirs[end].index_select(0, kept) for end in self.ends], dim=1)
         terms = self.distillation.terms(ours, batch, features if self.online.teacher_gradient else features.detach())
-        terms["teacher_ce"] = cross_entropy(self.teacher.logits(theirs[-1][wanted]), targets)
-        return terms | (self._logit_terms(ours, theirs, wanted, targets) if self.online.signal == "logits" else {})
+        terms["teacher_ce"] = cross_entropy(self.teacher.logits(theirs[self.ends[-1]]), targets)
+        if self.online.signal == "logits":
+            read = {end: rows_of(ours[state_index(end)], rows) for end in self.distillation.ends}
+            terms |= self._logit_terms(read, theirs, targets)
+        return terms
 
-    def _logit_terms(self, ours: States, theirs: States, wanted: Tensor, targets: Targets) -> dict[str, Tensor]:
+    def _logit_terms(self, ours: ReadStates, theirs: ReadStates, targets: Targets) -> dict[str, Tensor]:
         student, adapters, weight = self.distillation.student, self.distillation.adapters, self._supervision_share()
         terms = {}
         pairs = zip(
-            adapted_logits(student, adapters, ours, wanted),
-            adapted_logits(self.teacher, self.teacher_adapters, theirs, wanted),
+            adapted_logits(student, adapters, ours),
+            adapted_logits(self.teacher, self.teacher_adapters, theirs),
             strict=True,
         )
         for block, (student_logits, teacher_logits) in enumerate(pairs, 1):
@@ -145,15 +152,14 @@ def supervision_adapters(model: DecoderModel, config: DistillConfig) -> nn.Modul
     return nn.ModuleList(nn.Linear(model.hidden_size, model.spec.item_dim, bias=False) for _ in range(count))
 
 
-def adapted_logits(model: DecoderModel, adapters: nn.ModuleList, states: States, wanted: Tensor) -> list[Tensor]:
+def adapted_logits(model: DecoderModel, adapters: nn.ModuleList, read: ReadStates) -> list[Tensor]:
     """Scores of the catalogue from the ends of the blocks before the last, in fp32 as the head's."""
     if not len(adapters):
         return []
     ends = block_ends(model.num_layers, len(adapters) + 1)
-    with torch.autocast(wanted.device.type, enabled=False):
+    with torch.autocast(read[ends[0]].device.type, enabled=False):
         outputs = model.item_outputs().T
-        read = zip(adapters, ends[:-1], strict=True)
-        return [adapter(states[state_index(end)][wanted].float()) @ outputs for adapter, end in read]
+        return [adapter(read[end].float()) @ outputs for adapter, end in zip(adapters, ends[:-1], strict=True)]
 
 
 def with_teacher(batch: Batch, found: Mapping[str, Tensor], *, has_prefix: bool) -> Batch:

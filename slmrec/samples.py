@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -83,6 +84,18 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits, targets - 1)
 
 
+def target_rows(batch: Batch) -> Int64[Tensor, " targets"]:
+    """Where the targets stand among all positions of the batch, one row after the other."""
+    return batch.targets.flatten().nonzero()[:, 0]
+
+
+def rows_of(
+    states: Float[Tensor, "batch positions hidden"], rows: Int64[Tensor, " targets"]
+) -> Float[Tensor, "targets hidden"]:
+    """The states at some positions; a gradient adds to them by rows, which masks would do value by value."""
+    return states.reshape(-1, states.shape[-1]).index_select(0, rows)
+
+
 class NextItemObjective(nn.Module):
     """Cross-entropy of the next item at every position that has a target."""
 
@@ -94,5 +107,5 @@ class NextItemObjective(nn.Module):
         """The one term, "ce"."""
         states = self.model(batch.item_ids)
         users = states[-1] if isinstance(states, tuple) else states
-        wanted = batch.targets != 0
-        return {"ce": cross_entropy(self.model.logits(users[wanted]), batch.targets[wanted])}
+        rows = target_rows(batch)
+        return {"ce": cross_entropy(self.model.logits(rows_of(users, rows)), batch.targets.flatten()[rows])}

@@ -62,7 +62,7 @@ class Sasrec(nn.Module):
         positions = torch.arange(width - 1, -1, -1, device=item_ids.device).expand_as(item_ids)
         if self.config.supervision == "all":
             positions = ((item_ids != 0).cumsum(dim=1) - 1).clamp(min=0)
-        hidden = self.dropout(self.norm(self.item_table(item_ids) + self.position_table(positions)))
+        hidden: Tensor = self.dropout(self.norm(self.item_table(item_ids) + self.position_table(positions)))
         causal = torch.ones(width, width, dtype=torch.bool, device=item_ids.device).tril()
         itself = torch.eye(width, dtype=torch.bool, device=item_ids.device)
         mask = (causal & (item_ids != 0)[:, None, :]) | itself  # a pad attends to itself, never to nothing

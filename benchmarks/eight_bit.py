@@ -1,0 +1,190 @@
+"""What 8 bits cost and give, on trained models: accuracy, size, speed, and whether company changes a user's list.
+
+    python benchmarks/eight_bit.py runs/table-ml-100k --models teacher,SLMRec
+
+Each model below RUNS/seed-0 (`slmrec_table.py` makes them) in fp32, per-token 8-bit with and without migration of
+outliers, and LLM.int8; its item table in 8 bits with certified lists. Then its graphs on ONNX Runtime, fp32 and 8-bit
+in turns, and the fp32 graph quantized by ONNX Runtime's own `quantize_dynamic`: lists of users alone and in a batch.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from recording import record
+
+from compress.int8 import prepare, quantize_model
+from compress.item_table import Int8Table, certified_top_k
+from export.onnx_export import export_model
+from export.runtime import OnnxRecommender
+from slmrec.artifact import open_artifact
+from slmrec.compress_config import CalibrationConfig
+from slmrec.config import ExportConfig
+from slmrec.dataset import Dataset, load_dataset
+from slmrec.evaluate import TEST_PROTOCOL, VALIDATION_PROTOCOL, Accuracy, evaluate
+from slmrec.metrics import overlap, ratio_of_means
+from slmrec.models.checkpoint import load_decoder
+from slmrec.models.decoder import DecoderModel
+from slmrec.models.llm_int8 import llm_int8
+from slmrec.models.ranking import TorchRecommender
+from slmrec.recommender import Histories, Recommender
+from slmrec.sequences import test_cases, validation_cases
+
+COMPANY_USERS = 96
+
+
+def asked(recommender: Recommender, data: Dataset) -> list[Accuracy]:
+    """Accuracy on validation and test."""
+    splits = ((validation_cases, VALIDATION_PROTOCOL), (test_cases, TEST_PROTOCOL))
+    return [evaluate(recommender, cases(data.sequences), protocol=protocol) for cases, protocol in splits]
+
+
+def against(after: list[Accuracy], before: list[Accuracy]) -> dict[str, Any]:
+    """Share of NDCG@10 that is left, with intervals, and of the first ten."""
+    found: dict[str, Any] = {}
+    for name, one, other in zip(("validation", "test"), after, before, strict=True):
+        ratio = ratio_of_means(one.user_ndcg_10, other.user_ndcg_10)
+        found[name] = {
+            "ndcg@10": one.metrics["ndcg@10"].estimate, "of_fp32": [ratio.estimate, ratio.low, ratio.high],
+            "overlap@10": float(overlap(one.top_10, other.top_10).mean()),
+        }  # fmt: skip
+    return found
+
+
+def decoder_bytes(model: DecoderModel) -> int:
+    """Bytes of the decoder's layers on disk."""
+    return sum(value.nbytes for name, value in model.state_dict().items() if name.startswith("decoder.layers"))
+
+
+@torch.inference_mode()
+def item_table(model: DecoderModel, data: Dataset) -> dict[str, Any]:
+    """How many lists of ten the 8-bit item table certifies, by candidates."""
+    cases = test_cases(data.sequences)
+    rows = np.linspace(0, len(cases) - 1, min(len(cases), 2000)).astype(int)
+    windows = cases.histories.item_ids.select(rows).newest(model.max_history)
+    users = torch.cat([model(torch.from_numpy(row[None].copy()))[-1][:, -1] for row in windows])
+    assert model.user_proj is not None
+    vectors, table = model.user_proj(users), model.item_outputs()
+    excluded = torch.zeros(len(rows), len(table), dtype=torch.bool)
+    for place, row in enumerate(rows):
+        excluded[place, torch.from_numpy(cases.histories.exclude_ids[row] - 1)] = True
+    rounded = Int8Table.of(table)
+    exact = (vectors @ table.T).masked_fill(excluded, -torch.inf).topk(10, dim=1).indices + 1
+    coarse = rounded.scores(vectors).masked_fill(excluded, -torch.inf).topk(10, dim=1).indices + 1
+    found: dict[str, Any] = {"coarse_overlap@10": float(overlap(coarse.numpy(), exact.numpy()).mean())}
+    for candidates in (16, 32, 64, 128):
+        items, _, certified = certified_top_k(table, rounded, vectors, excluded, k=10, candidates=candidates)
+        found[f"{candidates} candidates"] = {
+            "certified": float(certified.float().mean()), "lists_equal": float((items == exact).all(1).float().mean()),
+        }  # fmt: skip
+    return found
+
+
+def company(path: Path, histories: Histories) -> dict[str, Any]:
+    """Users whose first ten are others alone than in a batch of all, where histories are ragged."""
+    graph = OnnxRecommender(path)
+    together = graph.recommend(histories, 10)
+    singles = [graph.recommend(histories.select(np.array([row])), 10) for row in range(len(histories))]
+    changed = [(one.item_ids[0] != items).any() for one, items in zip(singles, together.item_ids, strict=True)]
+    bits = [np.array_equal(one.scores[0], scores) for one, scores in zip(singles, together.scores, strict=True)]
+    return {"users": len(histories), "lists_changed": int(np.sum(changed)), "bit_equal": int(np.sum(bits))}
+
+
+def quantized_dynamically(source: Path, target: Path) -> Path:
+    """The graph as ONNX Runtime's own dynamic quantization makes it: one scale for a whole batch."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    target.mkdir()
+    for file in source.iterdir():
+        if not file.name.startswith("model.onnx"):
+            (target / file.name).write_bytes(file.read_bytes())
+    quantize_dynamic(source / "model.onnx", target / "model.onnx", weight_type=QuantType.QInt8)
+    return target
+
+
+def speed(paths: dict[str, Path], histories: Histories, rounds: int) -> dict[str, Any]:
+    """Seconds a request and a batch of 32 take, in turns; ratios of fp32 to 8-bit round by round."""
+    graphs = {name: OnnxRecommender(path) for name, path in paths.items()}
+    batch = histories.select(np.arange(32) % len(histories))
+    calls: dict[str, Callable[[OnnxRecommender, int], object]] = {
+        "batch 1": lambda graph, turn: graph.recommend(histories.select(np.array([turn % len(histories)])), 10),
+        "batch 32": lambda graph, _: graph.recommend(batch, 10),
+    }
+    found: dict[str, Any] = {}
+    for size, call in calls.items():
+        seconds: dict[str, list[float]] = {name: [] for name in graphs}
+        for turn in range(rounds + 3):
+            for name, graph in graphs.items():
+                start = time.perf_counter()
+                call(graph, turn)
+                if turn >= 3:
+                    seconds[name].append(time.perf_counter() - start)
+        ratios = np.array(seconds["fp32"]) / np.array(seconds["8-bit"])
+        low, median, high = np.percentile(ratios, [10, 50, 90]).tolist()
+        medians = {name: 1000 * float(np.median(values)) for name, values in seconds.items()}
+        found[size] = {"fp32_over_8bit": {"p10": low, "median": median, "p90": high}, "median_ms": medians}
+    return found
+
+
+def measure(path: Path, data: Dataset, rounds: int) -> dict[str, Any]:
+    """All of it for one model."""
+    model = load_decoder(open_artifact(path)).eval()
+    cases = validation_cases(data.sequences)
+    before = asked(TorchRecommender(model, "cpu"), data)
+    prepared = prepare(model, cases, CalibrationConfig())
+    eight = quantize_model(prepared.model)
+    ways = {
+        "per token, migrated": eight,
+        "per token": quantize_model(model),
+        "LLM.int8": quantize_model(model, (), llm_int8),
+    }
+    found: dict[str, Any] = {
+        "fp32": {
+            name: one.metrics["ndcg@10"].estimate for name, one in zip(("validation", "test"), before, strict=True)
+        },
+        "accuracy": {name: against(asked(TorchRecommender(way, "cpu"), data), before) for name, way in ways.items()},
+        "migrated_groups": sum(one.strength > 0 for one in prepared.migrations),
+        "groups": len(prepared.migrations),
+        "decoder_bytes_of_fp32": decoder_bytes(eight) / decoder_bytes(model),
+        "item_table": item_table(model, data) if model.user_proj is not None else None,
+    }
+    histories = test_cases(data.sequences).histories
+    some = histories.select(np.linspace(0, len(histories) - 1, COMPANY_USERS).astype(int))
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {"fp32": Path(folder) / "fp32", "8-bit": Path(folder) / "int8"}
+        for graph_path, source in zip(paths.values(), (model, eight), strict=True):
+            graph_path.mkdir()
+            export_model(source.eval(), graph_path, ExportConfig())
+            data.items.save(graph_path)
+        dynamic = quantized_dynamically(paths["fp32"], Path(folder) / "dynamic")
+        found["company"] = {name: company(p, some) for name, p in (paths | {"quantize_dynamic": dynamic}).items()}
+        found["speed"] = speed(paths, some, rounds)
+        found["graph_bytes"] = {name: sum(f.stat().st_size for f in p.iterdir()) for name, p in paths.items()}
+    return found
+
+
+def main() -> None:
+    """Measure, print and record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path)
+    parser.add_argument("--models", default="teacher,SLMRec")
+    parser.add_argument("--rounds", type=int, default=60)
+    arguments = parser.parse_args()
+    data = load_dataset(arguments.runs / "data")
+    name = arguments.runs.name.removeprefix("table-")
+    result = {
+        model: measure(arguments.runs / "seed-0" / model, data, arguments.rounds)
+        for model in arguments.models.split(",")
+    }
+    record(f"eight_bit_{name.replace('-', '_')}", result)
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

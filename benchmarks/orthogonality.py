@@ -1,0 +1,193 @@
+"""Is distillation orthogonal to 8 bits and to pruning? Measured on the models of `slmrec_table.py` (same --runs).
+
+    python benchmarks/orthogonality.py runs/table-ml-100k runs/table-beauty --seeds 0,1,2
+
+{teacher, CE student, SLMRec student} x {fp32, 8-bit} x {whole, one layer pruned and healed}. What a compression changes
+in NDCG@10 of a student, relative to what it was, minus the same of the teacher: the interaction. The margin is fixed
+beforehand: 1 %. Orthogonal if the 95 % interval over users lies within it; not orthogonal if the interval excludes 0
+and is not within it; else undecided. User metrics are averaged over seeds first; no gate is applied.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from cells import cell
+from recording import RESULTS, record
+
+from compress.int8 import prepare, quantize_model
+from compress.prune import prune
+from slmrec.artifact import Artifact, canonical_hash, open_artifact
+from slmrec.compress_config import CalibrationConfig, ImportanceConfig, PruneConfig
+from slmrec.config import TrainConfig, settings_of
+from slmrec.dataset import Dataset, load_dataset
+from slmrec.evaluate import TEST_PROTOCOL, evaluate
+from slmrec.metrics import bootstrap_means, ndcg
+from slmrec.models.checkpoint import load_decoder
+from slmrec.models.decoder import DecoderModel
+from slmrec.models.ranking import TorchRecommender
+from slmrec.sequences import test_cases, validation_cases
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+MODELS = ("teacher", "CE", "SLMRec")
+COMPRESSIONS = ("8-bit", "pruned", "pruned, 8-bit")
+MARGIN = 0.01
+Users = dict[tuple[str, str], np.ndarray]
+
+
+def ranked(model: DecoderModel, data: Dataset) -> dict[str, Any]:
+    """Ranks of the test users' targets."""
+    accuracy = evaluate(TorchRecommender(model, "cpu"), test_cases(data.sequences), protocol=TEST_PROTOCOL)
+    return {"test": {"ndcg@10": accuracy.metrics["ndcg@10"].estimate}, "ranks": accuracy.ranks.tolist()}
+
+
+def in_8_bits(artifact: Artifact, data: Dataset, seed: int) -> dict[str, Any]:
+    """The same of the 8-bit model, calibrated on validation users."""
+    config = CalibrationConfig(seed=seed)
+    prepared = prepare(load_decoder(artifact), validation_cases(data.sequences), config)
+    return ranked(quantize_model(prepared.model), data)
+
+
+def pruning(artifact: Artifact, seed: int, batch_size: int) -> PruneConfig:
+    """One layer less, chosen by ranking damage, healed for an epoch."""
+    rates = {"learning_rate": 3e-4, "item_learning_rate": 1e-3}
+    return PruneConfig(
+        num_layers=load_decoder(artifact).num_layers - 1,
+        importance=ImportanceConfig(seed=seed),
+        train=TrainConfig(epochs=1, batch_size=batch_size, warmup_steps=20, seed=seed, **rates),  # type: ignore[arg-type]
+    )
+
+
+def measure(runs: Path, data: Dataset, seed: int, batch_size: int) -> Users:
+    """NDCG@10 of each test user by model and compression, of one seed; a model that the seed lacks is left out."""
+    at = runs / f"seed-{seed}"
+    found: Users = {}
+    for name in MODELS:
+        if not (at / name).exists():
+            continue
+        artifact, cells = open_artifact(at / name), at / "cells"
+        config = pruning(artifact, seed, batch_size)
+        smaller, _ = prune(artifact, data, at / f"{name} pruned", config)
+        jobs = {
+            "fp32": (artifact, False), "8-bit": (artifact, True),
+            "pruned": (smaller, False), "pruned, 8-bit": (smaller, True),
+        }  # fmt: skip
+        for compression, (source, rounded) in jobs.items():
+            key = canonical_hash([source.hash, rounded, settings_of(CalibrationConfig(seed=seed)) if rounded else {}])
+            made = cell(
+                cells / f"{name} {compression}.json",
+                key,
+                lambda s=source, r=rounded: in_8_bits(s, data, seed) if r else ranked(load_decoder(s).eval(), data),
+            )
+            found[name, compression] = ndcg(np.array(made["ranks"]), 10)
+    return found
+
+
+def averaged(by_seed: Sequence[Users]) -> Users:
+    """Each user's NDCG@10, averaged over the seeds that have the model."""
+    names = {name for users in by_seed for name in users}
+    return {name: np.mean([users[name] for users in by_seed if name in users], axis=0) for name in names}
+
+
+def interaction(users: Users, student: str, compression: str) -> dict[str, Any]:
+    """Relative change of the student minus that of the teacher, with interval and verdict."""
+    columns = [
+        users[student, compression],
+        users[student, "fp32"],
+        users["teacher", compression],
+        users["teacher", "fp32"],
+    ]
+    values = np.stack(columns, axis=1)
+
+    def contrast(means: np.ndarray) -> np.ndarray:
+        return means[..., 0] / means[..., 1] - means[..., 2] / means[..., 3]
+
+    low, high = np.quantile(contrast(bootstrap_means(values, seed=0, resamples=4000)), [0.025, 0.975]).tolist()
+    estimate = float(contrast(values.mean(axis=0)))
+    return {
+        "student": student, "compression": compression, "estimate": estimate, "interval": [low, high],
+        "verdict": verdict(low, high), "users_to_decide": users_to_decide(estimate, low, high, len(values)),
+    }  # fmt: skip
+
+
+def verdict(low: float, high: float) -> str:
+    """What an interval allows to say.
+
+    >>> verdict(-0.002, 0.004), verdict(0.012, 0.03), verdict(-0.02, 0.01)
+    ('orthogonal', 'not orthogonal', 'undecided')
+    """
+    if max(-low, high) < MARGIN:
+        return "orthogonal"
+    return "undecided" if low <= 0 <= high else "not orthogonal"
+
+
+def users_to_decide(estimate: float, low: float, high: float, num_users: int) -> int | None:
+    """Users at which an interval around the same estimate would lie within the margin, or exclude 0."""
+    half, room = (high - low) / 2, max(MARGIN - abs(estimate), abs(estimate))
+    return None if verdict(low, high) != "undecided" else int(np.ceil(num_users * (half / room) ** 2))
+
+
+def table(users: Users, by_seed: Sequence[Users]) -> list[dict[str, Any]]:
+    """NDCG@10 of every combination, mean over seeds, and relative to the same model in fp32."""
+    lines = []
+    for name in MODELS:
+        for compression in ("fp32", *COMPRESSIONS):
+            mean, plain = users[name, compression].mean(), users[name, "fp32"].mean()
+            seeds = [float(one[name, compression].mean()) for one in by_seed if (name, compression) in one]
+            lines.append(
+                {"model": name, "compression": compression, "ndcg@10": float(mean), "by_seed": seeds,
+                 "change": float(mean / plain - 1)}
+            )  # fmt: skip
+    return lines
+
+
+def draw(results: Mapping[str, Any], path: Path) -> None:
+    """Interactions with their intervals, and the margin."""
+    rows = [(name, one) for name, result in results.items() for one in result["interactions"]]
+    figure, axes = plt.subplots(figsize=(7.5, 1.2 + 0.32 * len(rows)), layout="constrained")
+    colours = {"orthogonal": "#009E73", "not orthogonal": "#D55E00", "undecided": "#777777"}
+    for place, (_, one) in enumerate(rows):
+        low, high = (100 * end for end in one["interval"])
+        axes.plot([low, high], [place, place], color=colours[one["verdict"]], linewidth=2)
+        axes.plot(100 * one["estimate"], place, marker="o", color=colours[one["verdict"]])
+    axes.axvspan(-100 * MARGIN, 100 * MARGIN, color="#009E73", alpha=0.12, label="margin, 1 %")
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(rows)), [f"{name}: {one['student']}, {one['compression']}" for name, one in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("change of the student's NDCG@10 minus change of the teacher's, % (95 % interval over users)")
+    axes.legend(frameon=False, loc="lower right")
+    for suffix in (".svg", ".png"):
+        figure.savefig(path.with_suffix(suffix), dpi=120, metadata={"Date": None} if suffix == ".svg" else None)
+
+
+def main() -> None:
+    """Fill the cells, judge, draw and record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", help="folders that slmrec_table.py filled")
+    parser.add_argument("--seeds", default="0,1,2")
+    arguments = parser.parse_args()
+    results = {}
+    for runs in arguments.runs:
+        data = load_dataset(runs / "data")
+        name = runs.name.removeprefix("table-")
+        batch_size = 16 if name == "ml-100k" else 64
+        by_seed = [measure(runs, data, int(seed), batch_size) for seed in arguments.seeds.split(",")]
+        users = averaged(by_seed)
+        results[name] = {
+            "num_users": len(users["teacher", "fp32"]),
+            "table": table(users, by_seed),
+            "interactions": [interaction(users, s, c) for s in ("SLMRec", "CE") for c in COMPRESSIONS],
+        }
+    record("orthogonality", {"margin": MARGIN, "datasets": results})
+    draw(results, RESULTS / "orthogonality")
+    print(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()
