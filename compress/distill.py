@@ -14,11 +14,12 @@ from torch import nn
 from compress.features import Reader, StoreSpec, build_store, drop_store, live_reader
 from compress.objective import DistillObjective, OnlineObjective, with_teacher
 from compress.student import build_student, online_teacher_spec, require_distillable
-from slmrec.artifact import Artifact, Stage, existing, work_folder
+from slmrec.artifact import Artifact, Stage, existing, work_folder, write_json
 from slmrec.catalogue import load_catalogue, require_same_catalogue
 from slmrec.compress_config import DistillConfig
 from slmrec.config import WindowConfig, settings_of
 from slmrec.dataset import Dataset
+from slmrec.errors import ArtifactError
 from slmrec.evaluate import validation_ndcg
 from slmrec.locks import claimed, one_run_at_a_time
 from slmrec.models.checkpoint import CONFIG_FILE, load_decoder, publish_checkpoint
@@ -30,6 +31,7 @@ from slmrec.sequences import validation_cases
 from slmrec.train import Batch, Task, train
 from slmrec.train_teacher import ITEM_PARAMETERS, backbone_hash, teacher_samples
 
+SHELVES_FILE = "shelves.json"
 DISTILLED_PARAMETERS = (*ITEM_PARAMETERS, "projections")
 """Parameters that learn at the item learning rate."""
 
@@ -88,9 +90,29 @@ def followed(pair: Pair, data: Dataset, config: DistillConfig, output: Path, dev
     key = store_spec(pair.teacher, config).key(pair.artifact.hash, samples)
     shelf = output.parent / f".features-{key[:16]}"
     with claimed(shelf) if stores_features(pair.teacher, config) else nullcontext():
+        earlier = on_main(lambda: _shelves(output, shelf.name))
         reader = _reader(pair.teacher, samples, config, (shelf, key, device))
         yield _task(pair.teacher, pair.student, (samples, reader), data, config)
         on_main(lambda: drop_store(shelf, keep=config.features.keep))
+        on_main(lambda: _drop_abandoned([output.with_name(name) for name in earlier]))
+
+
+def _shelves(output: Path, name: str) -> list[str]:
+    """Shelves that earlier runs into this output, killed and never resumed, had begun; this run's is added."""
+    path = work_folder(output) / SHELVES_FILE
+    names: list[str] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    others = [other for other in names if other != name]
+    write_json(path, [*others, name])
+    return others
+
+
+def _drop_abandoned(shelves: list[Path]) -> None:
+    for shelf in shelves:
+        try:
+            with claimed(shelf):
+                drop_store(shelf, keep=False)
+        except ArtifactError:  # a run into another output reads it, and will drop it
+            continue
 
 
 def distill_stage(teacher: Artifact, data: Dataset, config: DistillConfig) -> Stage:

@@ -102,9 +102,13 @@ def signature(model: DecoderModel, graph: ServingGraph, config: ExportConfig) ->
 
 
 def _write_graph(model: onnx.ModelProto, folder: Path, described: dict[str, Any]) -> None:
-    onnx.save_model(
-        model, folder / GRAPH_FILE, save_as_external_data=True, location=f"{GRAPH_FILE}.data", size_threshold=1024
-    )
+    try:
+        onnx.save_model(
+            model, folder / GRAPH_FILE, save_as_external_data=True, location=f"{GRAPH_FILE}.data", size_threshold=1024
+        )
+    except OSError as error:
+        error.filename = error.filename or str(folder / GRAPH_FILE)  # a full disk is told without its file
+        raise
     write_json(folder / SIGNATURE_FILE, described)
 
 

@@ -91,6 +91,25 @@ def test_a_store_that_is_kept_serves_the_next_student_and_stays(runs, tmp_path):
     assert file.exists()
 
 
+def test_what_a_killed_run_with_other_settings_had_stored_goes_once_the_output_is_made(runs, tmp_path, monkeypatch):
+    class KilledError(Exception):
+        pass
+
+    def killed(*_):
+        raise KilledError
+
+    output = tmp_path / "student"
+    with monkeypatch.context() as patch:
+        patch.setattr("compress.distill.train", killed)
+        with pytest.raises(KilledError):
+            made(runs, output, replace(CONFIG, features=FeatureConfig(dtype="float32")))
+    assert len(list(tmp_path.glob(".features-*"))) == 1, "it may be resumed"
+    made(runs, tmp_path / "another", CONFIG)
+    assert len(list(tmp_path.glob(".features-*"))) == 1, "another output's run leaves it"
+    made(runs, output, CONFIG)
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_a_student_of_the_backbone_is_another_run_when_the_backbone_changes(runs):
     teacher, data = open_artifact(runs / "teacher"), load_dataset(runs / "data")
     config = replace(CONFIG, init="backbone")
