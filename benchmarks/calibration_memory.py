@@ -2,7 +2,7 @@
 
     python benchmarks/calibration_memory.py --counts 100,10000
 
-A 4-layer decoder of SmolLM2's shape with random weights, histories of up to 50 items, each count in a process of its own.
+A 4-layer decoder of SmolLM2's shape with random weights, histories of up to 50 items, each count in its own process.
 """
 
 import argparse

@@ -1,12 +1,14 @@
 """The serving graph against the model it was made from, and its top-K against a sort."""
 
+import errno
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress.quantize import quantize_model
+from compress.int8 import quantize_model
 from export.graph import block_max_top_k, causal_mask
 from export.onnx_export import export_model
 from export.parity import ParityRule, compare, score_gaps
@@ -53,6 +55,16 @@ def test_the_graph_ranks_as_the_model_does(pair):
     else:  # a rounding that falls on the other side moves a few scores by one step of 8 bits
         assert (gaps <= 2e-5).mean() > 0.9
         assert compare(expected, actual, ParityRule(precision="int8")).overlap_at_10 >= 0.99
+
+
+def test_a_full_disk_is_told_with_the_file_that_found_no_room(tiny_model, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("onnx.save_model", full)
+    with pytest.raises(OSError, match="No space") as caught:
+        export_model(tiny_model(num_layers=1, prompt="none").eval(), tmp_path, ExportConfig())
+    assert caught.value.filename == str(tmp_path / "model.onnx")
 
 
 def test_ids_that_do_not_exist_count_as_padding_in_the_raw_graph(pair):
