@@ -139,7 +139,9 @@ def _prune_config(flags: dict[str, Any], seed: int) -> PruneConfig:
 @calibration_options
 @model_option
 @data_option
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Output folder  [default: <model>-int8]")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Output folder  [default: <model>-int8, <model>-llm-int8]"
+)
 @common_options
 def quantize(
     model: Path | None, data: Path | None, output: Path | None, device: str, seed: int, as_json: bool, force: bool,
@@ -156,7 +158,8 @@ def quantize(
 
     log = load_dataset(dataset.path)
     _warn_of_few(config.calibration, len(log.sequences))
-    result = run(parent, log, _output_beside(parent, output, "int8"), config, device=device, force=force)
+    output = _output_beside(parent, output, "int8" if config.backend == "neutral" else "llm-int8")
+    result = run(parent, log, output, config, device=device, force=force)
     gate, text = read_gate(result[0])
     print_result(made(*result) | {"gate": gate}, f"{made_text(*result)}\n{text}", as_json=as_json)
 

@@ -1,0 +1,106 @@
+"""The studies' own arithmetic: what an interval allows to say, and what a new item is given."""
+
+import importlib
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from slmrec.catalogue import Catalogue
+from slmrec.models.decoder import DecoderModel
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def study(monkeypatch):
+    """Import a script of `benchmarks/`."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+def test_a_change_that_student_and_teacher_share_is_no_interaction(study):
+    orthogonality = study("orthogonality")
+    generator = np.random.default_rng(0)
+    student, teacher = generator.random((2, 5000))
+    users = {
+        ("SLMRec", "fp32"): student, ("SLMRec", "8-bit"): 0.9 * student,
+        ("teacher", "fp32"): teacher, ("teacher", "8-bit"): 0.9 * teacher,
+    }  # fmt: skip
+    found = orthogonality.interaction(users, "SLMRec", "8-bit")
+    assert found["estimate"] == pytest.approx(0, abs=1e-12)
+    assert found["verdict"] == "orthogonal"
+
+
+@pytest.mark.parametrize(("spread", "verdict"), [(0.01, "not orthogonal"), (3.0, "undecided")])
+def test_a_student_that_loses_more_is_told_where_users_resolve_it(study, spread, verdict):
+    orthogonality = study("orthogonality")
+    generator = np.random.default_rng(0)
+    student, teacher = generator.random((2, 5000))
+    users = {
+        ("SLMRec", "fp32"): student, ("SLMRec", "8-bit"): 0.95 * student + spread * generator.normal(size=5000) / 2,
+        ("teacher", "fp32"): teacher, ("teacher", "8-bit"): teacher,
+    }  # fmt: skip
+    found = orthogonality.interaction(users, "SLMRec", "8-bit")
+    assert found["verdict"] == verdict
+    assert (found["users_to_decide"] is None) == (verdict == "not orthogonal")
+    if verdict == "undecided":
+        assert found["users_to_decide"] > 5000
+    else:
+        assert found["estimate"] == pytest.approx(-0.05, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("interval", "verdict"),
+    [((-0.002, 0.004), "orthogonal"), ((0.001, 0.009), "orthogonal"), ((0.002, 0.03), "not orthogonal"),
+     ((-0.03, -0.001), "not orthogonal"), ((-0.02, 0.005), "undecided"), ((-0.01, 0.0), "undecided")],
+)  # fmt: skip
+def test_verdicts_are_those_fixed_beforehand(study, interval, verdict):
+    assert study("orthogonality").verdict(*interval) == verdict
+
+
+@pytest.fixture
+def known(tiny_model, monkeypatch, study):
+    """A model of four titled items, catalogues of four and of six, and title vectors that are what is asked for."""
+    unseen = study("unseen_items")
+    plain = tiny_model(num_layers=1, num_items=4, prompt="none")
+    torch.manual_seed(0)
+    model = DecoderModel(replace(plain.spec, has_titles=True)).eval()
+    vectors = torch.nn.functional.normalize(torch.randn(7, model.hidden_size), dim=1)
+    with torch.no_grad():
+        model.titles.copy_(torch.cat([torch.zeros(1, model.hidden_size), vectors[[1, 2, 4, 6]]]))
+        for part in (model.item_table, model.title_input, model.title_table):
+            part.weight.copy_(torch.randn_like(part.weight))
+    monkeypatch.setattr(unseen, "load_backbone", lambda *_: SimpleNamespace(folder=None, embeddings=None))
+    monkeypatch.setattr(unseen, "title_vectors", lambda *_: vectors)
+    monkeypatch.setattr(unseen, "NEIGHBOURS", 2)
+    catalogues = [Catalogue(ids, [None] * len(ids), [None] * len(ids)) for ids in (list("abdf"), list("abcdef"))]
+    few, whole = (SimpleNamespace(items=items, num_items=len(items)) for items in catalogues)
+    return unseen, model, few, whole, vectors
+
+
+@pytest.mark.parametrize("way", ["title", "title + neighbours", "mean"])
+def test_items_that_join_leave_the_known_ones_as_they_were(known, way):
+    unseen, model, few, whole, _ = known
+    if way == "mean":
+        model.titles.zero_()
+    joined = unseen.joined(model, whole, few, "backbone", way)
+    with torch.inference_mode():
+        before = model.score(torch.tensor([[1, 3, 4]]))
+        after = joined.score(torch.tensor([[1, 4, 6]]))  # the same items by their new numbers
+    torch.testing.assert_close(after[:, [0, 1, 3, 5]], before, rtol=1e-5, atol=1e-5)
+
+
+def test_a_new_item_is_its_title_and_the_mean_of_the_known_or_of_its_neighbours(known):
+    unseen, model, few, whole, vectors = known
+    with torch.inference_mode():
+        for way in ("title", "title + neighbours"):
+            joined = unseen.joined(model, whole, few, "backbone", way)
+            for item in (3, 5):
+                near = (model.titles[1:] @ vectors[item]).topk(2).indices + 1
+                own = model.item_table.weight[1:] if way == "title" else model.item_table.weight[near]
+                expected = own.mean(dim=0) + model.title_table(vectors[item])
+                torch.testing.assert_close(joined.item_outputs()[item - 1], expected, rtol=1e-4, atol=1e-4)
