@@ -38,7 +38,10 @@ TRAIN = TrainConfig(epochs=1, batch_size=BATCH, learning_rate=1e-5)
 
 
 def build(num_layers: int, num_items: int) -> DecoderModel:
-    """A teacher with pretrained layers and a random item table: speed does not ask what it learned."""
+    """A teacher with pretrained layers and a random item table, small as a trained one's.
+
+    Speed does not ask what it learned, but exponentials of the huge scores of a table of variance 1 underflow, which is slow.
+    """
     backbone = load_backbone("smollm2-135m", num_layers)
     spec = DecoderSpec(
         decoder=decoder_settings(backbone.decoder.config, num_layers),
@@ -47,6 +50,7 @@ def build(num_layers: int, num_items: int) -> DecoderModel:
     )  # fmt: skip
     model = DecoderModel(spec)
     model.decoder.load_state_dict({n: v for n, v in backbone.decoder.state_dict().items() if "embed_tokens" not in n})
+    torch.nn.init.normal_(model.item_table.weight, std=0.05)
     return model
 
 
