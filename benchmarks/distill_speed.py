@@ -40,7 +40,7 @@ TRAIN = TrainConfig(epochs=1, batch_size=BATCH, learning_rate=1e-5)
 def build(num_layers: int, num_items: int) -> DecoderModel:
     """A teacher with pretrained layers and a random item table, small as a trained one's.
 
-    Speed does not ask what it learned, but exponentials of the huge scores of a table of variance 1 underflow, which is slow.
+    Speed does not ask what it learned, but exponentials of the huge scores of a table of variance 1 underflow, slowly.
     """
     backbone = load_backbone("smollm2-135m", num_layers)
     spec = DecoderSpec(

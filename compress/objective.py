@@ -10,10 +10,9 @@ from compress.blocks import block_ends, state_index
 from compress.losses import direction_loss, divergence_loss, magnitude_loss
 from slmrec.compress_config import DistillConfig
 from slmrec.models.decoder import DecoderModel
-from slmrec.samples import cross_entropy, rows_of, target_rows
+from slmrec.samples import cross_entropy, rows_of, target_rows, targets_of
 from slmrec.train import Batch
 
-States = Sequence[Tensor]
 Targets = Int64[Tensor, " targets"]
 BlockFeatures = Float[Tensor, "feature_targets blocks hidden"]
 ReadStates = Mapping[int, Tensor]
@@ -46,25 +45,29 @@ class DistillObjective(nn.Module):
 
         Features come with the batch, one row per feature target (see `feature_targets`).
         """
-        states = self.student(batch.item_ids)
-        return self.terms(states, batch, batch.features)
+        read = read_states(self.student, self.ends, batch)
+        return self.terms(read, self.heads(read), batch, batch.features)
 
-    def terms(self, states: States, batch: Batch, features: BlockFeatures | None) -> dict[str, Tensor]:
-        """The terms of a student's states; `features` may carry a gradient to their teacher."""
-        rows = target_rows(batch)
-        targets = batch.targets.flatten()[rows]
-        read = {end: rows_of(states[state_index(end)], rows) for end in self.ends}
-        scores = self.student.logits(read[self.ends[-1]])
-        terms = {"ce": cross_entropy(scores, targets)}
-        if self.config.matches_features:
+    def heads(self, read: ReadStates) -> list[Tensor]:
+        """Scores of the catalogue after each block that has an adapter, and the student's own last."""
+        return head_logits(self.student, self.adapters, read)
+
+    def terms(
+        self, read: ReadStates, heads: list[Tensor], batch: Batch, features: BlockFeatures | None
+    ) -> dict[str, Tensor]:
+        """The terms of a student's states and scores; `features` may carry a gradient to their teacher."""
+        targets, config = targets_of(batch), self.config
+        terms = {"ce": cross_entropy(heads[-1], targets)}
+        if config.matches_features:
             terms |= self._feature_terms(read, batch, features)
-        terms |= self._supervision_terms(read, targets)
-        if self.config.list_weight:
+        share = 1 / max(1, len(self.adapters)) if config.loss == "paper" else 1.0
+        for block, logits in enumerate(heads[:-1], 1):
+            terms[f"supervision_block_{block}"] = config.supervision_weight * share * cross_entropy(logits, targets)
+        if config.list_weight:
             assert batch.best is not None
-            best = batch.best.long() - 1
-            ours, theirs = scores.gather(1, best), batch.best_scores
-            assert theirs is not None
-            terms["list"] = self.config.list_weight * divergence_loss(ours, theirs)
+            assert batch.best_scores is not None
+            ours = heads[-1].gather(1, batch.best.long() - 1)
+            terms["list"] = config.list_weight * divergence_loss(ours, batch.best_scores)
         return terms
 
     def _feature_terms(self, read: ReadStates, batch: Batch, features: BlockFeatures | None) -> dict[str, Tensor]:
@@ -90,13 +93,6 @@ class DistillObjective(nn.Module):
                 terms[f"magnitude_block_{block + 1}"] = config.magnitude_weight * share * loss
         return terms
 
-    def _supervision_terms(self, read: ReadStates, targets: Targets) -> dict[str, Tensor]:
-        config, terms = self.config, {}
-        share = 1 / max(1, len(self.adapters)) if config.loss == "paper" else 1.0
-        for block, logits in enumerate(adapted_logits(self.student, self.adapters, read)):
-            terms[f"supervision_block_{block + 1}"] = config.supervision_weight * share * cross_entropy(logits, targets)
-        return terms
-
 
 class OnlineObjective(nn.Module):
     """Teacher and student learn together: cross-entropy for both, and the student follows the teacher as it is.
@@ -114,29 +110,22 @@ class OnlineObjective(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The student's terms as `DistillObjective` names them, those of the teacher, and logits_block_i."""
-        rows = target_rows(batch)
-        targets = batch.targets.flatten()[rows]
-        states = self.teacher(batch.item_ids)
-        theirs = {end: rows_of(states[state_index(end)], rows) for end in self.ends}
-        ours = self.distillation.student(batch.item_ids)
+        distillation = self.distillation
+        theirs = read_states(self.teacher, self.ends, batch)
+        ours = read_states(distillation.student, distillation.ends, batch)
         kept = feature_targets(batch, has_prefix=self.teacher.spec.prefix_length > 0).nonzero()[:, 0]
         features = torch.stack([theirs[end].index_select(0, kept) for end in self.ends], dim=1)
-        terms = self.distillation.terms(ours, batch, features if self.online.teacher_gradient else features.detach())
-        terms["teacher_ce"] = cross_entropy(self.teacher.logits(theirs[self.ends[-1]]), targets)
+        heads = distillation.heads(ours)
+        terms = distillation.terms(ours, heads, batch, features if self.online.teacher_gradient else features.detach())
+        teacher_heads = head_logits(self.teacher, self.teacher_adapters, theirs)
+        terms["teacher_ce"] = cross_entropy(teacher_heads[-1], targets_of(batch))
         if self.online.signal == "logits":
-            read = {end: rows_of(ours[state_index(end)], rows) for end in self.distillation.ends}
-            terms |= self._logit_terms(read, theirs, targets)
+            terms |= self._logit_terms(heads[:-1], teacher_heads[:-1], targets_of(batch))
         return terms
 
-    def _logit_terms(self, ours: ReadStates, theirs: ReadStates, targets: Targets) -> dict[str, Tensor]:
-        student, adapters, weight = self.distillation.student, self.distillation.adapters, self._supervision_share()
-        terms = {}
-        pairs = zip(
-            adapted_logits(student, adapters, ours),
-            adapted_logits(self.teacher, self.teacher_adapters, theirs),
-            strict=True,
-        )
-        for block, (student_logits, teacher_logits) in enumerate(pairs, 1):
+    def _logit_terms(self, ours: list[Tensor], theirs: list[Tensor], targets: Targets) -> dict[str, Tensor]:
+        terms, weight = {}, self._supervision_share()
+        for block, (student_logits, teacher_logits) in enumerate(zip(ours, theirs, strict=True), 1):
             terms[f"teacher_supervision_block_{block}"] = weight * cross_entropy(teacher_logits, targets)
             terms[f"logits_block_{block}"] = divergence_loss(student_logits, teacher_logits)
         return terms
@@ -152,14 +141,25 @@ def supervision_adapters(model: DecoderModel, config: DistillConfig) -> nn.Modul
     return nn.ModuleList(nn.Linear(model.hidden_size, model.spec.item_dim, bias=False) for _ in range(count))
 
 
-def adapted_logits(model: DecoderModel, adapters: nn.ModuleList, read: ReadStates) -> list[Tensor]:
-    """Scores of the catalogue from the ends of the blocks before the last, in fp32 as the head's."""
-    if not len(adapters):
-        return []
+def head_logits(model: DecoderModel, adapters: nn.ModuleList, read: ReadStates) -> list[Tensor]:
+    """Scores of the catalogue, in fp32: by each adapter from the end of its block, and by the model's head last.
+
+    The catalogue's vectors are computed once, and all scores of a tied head in one product.
+    """
+    last = model.num_layers - 1
+    if model.user_proj is None:
+        return [model.logits(read[last])]
     ends = block_ends(model.num_layers, len(adapters) + 1)
-    with torch.autocast(read[ends[0]].device.type, enabled=False):
-        outputs = model.item_outputs().T
-        return [adapter(read[end].float()) @ outputs for adapter, end in zip(adapters, ends[:-1], strict=True)]
+    with torch.autocast(read[last].device.type, enabled=False):
+        heads = zip([*adapters, model.user_proj], ends, strict=True)
+        users = torch.cat([head(read[end].float()) for head, end in heads])
+        return list(torch.split(users @ model.item_outputs().T, len(read[last])))
+
+
+def read_states(model: DecoderModel, ends: Sequence[int], batch: Batch) -> dict[int, Tensor]:
+    """A model's states at the targets, after each of the named layers."""
+    states, rows = model(batch.item_ids), target_rows(batch)
+    return {end: rows_of(states[state_index(end)], rows) for end in ends}
 
 
 def with_teacher(batch: Batch, found: Mapping[str, Tensor], *, has_prefix: bool) -> Batch:

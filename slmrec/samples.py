@@ -89,6 +89,11 @@ def target_rows(batch: Batch) -> Int64[Tensor, " targets"]:
     return batch.targets.flatten().nonzero()[:, 0]
 
 
+def targets_of(batch: Batch) -> Int64[Tensor, " targets"]:
+    """The targets, in the order of `target_rows`."""
+    return batch.targets.flatten()[target_rows(batch)]
+
+
 def rows_of(
     states: Float[Tensor, "batch positions hidden"], rows: Int64[Tensor, " targets"]
 ) -> Float[Tensor, "targets hidden"]:
@@ -107,5 +112,5 @@ class NextItemObjective(nn.Module):
         """The one term, "ce"."""
         states = self.model(batch.item_ids)
         users = states[-1] if isinstance(states, tuple) else states
-        rows = target_rows(batch)
-        return {"ce": cross_entropy(self.model.logits(rows_of(users, rows)), batch.targets.flatten()[rows])}
+        users = rows_of(users, target_rows(batch))
+        return {"ce": cross_entropy(self.model.logits(users), targets_of(batch))}
