@@ -2,7 +2,7 @@
 
     python benchmarks/distill_speed.py --rounds 15
 
-ML-100K windows of 50, batch 16, no prompt, bfloat16 where the processor has it. Contestants take turns on the same
+ML-100K windows of 50, batches of 64 (--batch-size), no prompt, bfloat16 where the processor has it. Contestants take turns on the same
 batches: a distillation step with stored features, with an 8-layer teacher asked at every step, with a 30-layer one;
 the decoder's part of a training step (forward and backward, no item head) at 4 and at 30 layers; whole training steps.
 """
@@ -33,8 +33,7 @@ from slmrec.sequences import length_batches
 from slmrec.train import Batch, computes_bfloat16
 from slmrec.train_teacher import load_backbone
 
-BATCH = 16
-TRAIN = TrainConfig(epochs=1, batch_size=BATCH, learning_rate=1e-5)
+TRAIN = TrainConfig(epochs=1, batch_size=64, learning_rate=1e-5)
 
 
 def build(num_layers: int, num_items: int) -> DecoderModel:
@@ -143,12 +142,14 @@ def main() -> None:
     """Measure, print and record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--runs", type=Path, default=Path("runs/speed"))
     arguments = parser.parse_args()
     data = prepared("ml-100k", None, arguments.runs)
     window = WindowConfig(max_history=50, max_events=100)
     samples = training_samples(data.sequences, window, "all", after_suffix=False)
-    batches = [rows for rows in length_batches(samples.lengths, BATCH, seed=0) if len(rows) == BATCH]
+    size = arguments.batch_size
+    batches = [rows for rows in length_batches(samples.lengths, size, seed=0) if len(rows) == size]
     seconds: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         steps, facts = contestants(data, samples, Path(folder))
@@ -165,7 +166,7 @@ def main() -> None:
         ratios[name] = {"median": float(median), "p10": float(low), "p90": float(high)}
     result = {
         "ratios": ratios, "median_ms": {n: 1000 * float(np.median(s)) for n, s in seconds.items()}, **facts,
-        "settings": {"rounds": arguments.rounds, "batch_size": BATCH, "items": data.num_items},
+        "settings": {"rounds": arguments.rounds, "batch_size": size, "items": data.num_items},
     }  # fmt: skip
     record("distill_speed", result)
     print(json.dumps(result, indent=2))
