@@ -2,9 +2,10 @@
 
     python benchmarks/distill_speed.py --rounds 15
 
-ML-100K windows of 50, batches of 64 (--batch-size), no prompt, bfloat16 where the processor has it. Contestants take turns on the same
-batches: a distillation step with stored features, with an 8-layer teacher asked at every step, with a 30-layer one;
-the decoder's part of a training step (forward and backward, no item head) at 4 and at 30 layers; whole training steps.
+ML-100K windows of 50, batches of 64 (--batch-size), no prompt, bfloat16 where the processor has it. Contestants take
+turns on the same batches: a distillation step with stored features, with an 8-layer teacher asked at every step, with a
+30-layer one; the decoder's part of a training step (forward and backward, no item head) at 4 and at 30 layers; whole
+training steps.
 """
 
 import argparse
