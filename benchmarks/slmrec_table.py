@@ -68,12 +68,13 @@ def recipes(name: str, seed: int) -> tuple[SasrecConfig, TeacherConfig, DistillC
         )  # fmt: skip
     items = TrainConfig(epochs=40, batch_size=512, learning_rate=1e-3, weight_decay=0.0, precision="fp32", seed=seed)
     supervision = "prefixes" if name == "beauty" else "all"  # long sequences would make a sample of every event
-    train = TrainConfig(epochs=6, batch_size=64, warmup_steps=50, patience=2, **decoder)  # type: ignore[arg-type]
+    gentle = decoder | {"learning_rate": 2e-4, "item_learning_rate": 3e-4}  # sparse items are soon known by heart
+    train = TrainConfig(epochs=3, batch_size=64, warmup_steps=50, weight_decay=0.05, **gentle)  # type: ignore[arg-type]
     window = WindowConfig(max_history=50, max_events=200 if name == "ml-1m" else 50)
     return (
         SasrecConfig(dropout=0.6, supervision=supervision, window=window, train=items),
-        TeacherConfig(num_layers=8, recipe=RecipeConfig(prompt="none", dropout=0.4), window=window, train=train),
-        DistillConfig(num_layers=4, train=replace(train, epochs=5)),
+        TeacherConfig(num_layers=8, recipe=RecipeConfig(prompt="none", dropout=0.6), window=window, train=train),
+        DistillConfig(num_layers=4, train=train),
     )
 
 
