@@ -47,7 +47,7 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "cosine + norm": NONE | {"direction_weight": 1.0, "magnitude_weight": 0.1},
     "SLMRec": {},
     "SLMRec + list": {"list_weight": 1.0},
-    "SLMRec, table shared": {"item_table": "frozen"},
+    "SLMRec + shared table": {"item_table": "frozen"},
 }
 """The teacher is the row "teacher", SASRec the row "SASRec-CE"; the others differ in their loss alone."""
 

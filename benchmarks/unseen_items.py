@@ -5,8 +5,8 @@
 A tenth of the items is taken out of every sequence; SASRec and a teacher are trained on the rest, whose catalogue lacks
 them. Then they join it with a vector made of their titles, and the users whose last item is one of them are asked:
 among all items, and among the new ones alone. `title` gives a new item its title's share and the mean of the known
-items' own vectors; `title + neighbours` the mean of the ten known items with the most alike titles instead; `mean` is
-the same without titles, which is chance. Ranks of other users show what the newcomers cost.
+items' own vectors; `title + neighbours` the mean of the ten known items with the most alike titles instead; `chance`,
+in a model without titles, the vector of a known item drawn at random. Other users' ranks show what newcomers cost.
 """
 
 import argparse
@@ -74,13 +74,16 @@ def joined(model: DecoderModel, data: Dataset, known: Dataset, backbone: str, wa
     whole.load_state_dict(kept, strict=False)
     own = model.item_table.weight
     table = own[rows]
-    table[is_new] = own[1:].mean(dim=0)
-    if way != "mean":
+    if way == "chance":
+        drawn = torch.randint(1, len(own), (int(is_new.sum()),), generator=torch.Generator().manual_seed(0))
+        table[is_new] = own[drawn]
+    else:
+        table[is_new] = own[1:].mean(dim=0)
         assert model.titles is not None
         assert whole.titles is not None
         source = load_backbone(backbone, 1)
         whole.titles[1:] = model.titles[rows]
-        new_titles = title_vectors(data.items, source.folder, source.embeddings)[1:][is_new]
+        new_titles = title_vectors(data.items, source.folder, source.embeddings, known.items)[1:][is_new]
         whole.titles[1:][is_new] = new_titles
         if way == "title + neighbours":
             nearest = (new_titles @ model.titles[1:].T).topk(NEIGHBOURS, dim=1).indices + 1
@@ -115,16 +118,18 @@ def main() -> None:
     config = replace(config, num_layers=arguments.num_layers)
     teachers = {
         "title": train_teacher(items, known, runs / "teacher", config)[0],
-        "mean": train_teacher(
+        "chance": train_teacher(
             items, known, runs / "teacher-no-titles", replace(config, recipe=replace(config.recipe, titles="none"))
         )[0],
     }
     cases = test_cases(data.sequences)
     is_new = ~is_known[cases.targets - 1]
-    new_cases, other_cases = cases.select(np.flatnonzero(is_new)), cases.select(np.flatnonzero(~is_new))
+    known_events = np.array([is_known[data.sequences[user] - 1].sum() for user in cases.users])
+    is_held_out = known_events >= 3  # users with fewer known events were trained on whole
+    new_cases, other_cases = cases.select(np.flatnonzero(is_new)), cases.select(np.flatnonzero(~is_new & is_held_out))
     rows = {}
-    for way in ("title", "title + neighbours", "mean"):
-        model = load_decoder(teachers["mean" if way == "mean" else "title"])
+    for way in ("title", "title + neighbours", "chance"):
+        model = load_decoder(teachers["chance" if way == "chance" else "title"])
         whole = joined(model, data, known, config.backbone, way)
         rows[way] = {
             "all items": asked(whole, new_cases),

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -90,6 +90,8 @@ class Histogram:
         filled = int(np.flatnonzero(counts)[-1]) + 1
         best, chosen = np.inf, filled
         for stop in range(LEVELS, filled + 1, LEVELS // 8):
+            if not counts[:stop].any():
+                continue
             reference = counts[:stop].copy()
             reference[-1] += counts[stop:].sum()
             divergence = _divergence(reference, _in_levels(counts[:stop]))
@@ -154,8 +156,12 @@ class _Collector:
 
 
 def calibrate(model: DecoderModel, histories: Histories, *, seed: int = 0) -> dict[str, Statistics]:
-    """Statistics of every input group, by its name, over all tokens of the histories, the instruction's included."""
-    collectors, hooks = {}, []
+    """Statistics of every input group, by its name, over all tokens of the histories.
+
+    An instruction counts with every history, so that nothing depends on how they are batched.
+    """
+    collectors, hooks, spec = {}, [], model.spec
+    model.spec = replace(spec, share_prefix=False)
     for number, group in enumerate(input_groups(model.num_layers)):
         linear: Any = model.decoder.get_submodule(group.linears[0])
         collectors[group.name] = _Collector(linear.in_features, seed + number)
@@ -168,6 +174,7 @@ def calibrate(model: DecoderModel, histories: Histories, *, seed: int = 0) -> di
             bar(len(rows))
     for hook in hooks:
         hook.remove()
+    model.spec = spec
     return {name: collector.found for name, collector in collectors.items()}
 
 

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,43 +76,46 @@ def distill(
     pair = Pair(teacher_artifact, teacher, student)
     with followed(pair, data, config, output, target) as task:
         progress = train(task, config.train, work_folder(output), stage.key, target)
+        shelves = on_main(lambda: begun_shelves(output))
         made = on_main(lambda: publish_checkpoint(output, stage, student, progress.log, data.items))
+    on_main(lambda: drop_shelves(shelves, keep_last=config.features.keep))
     return made, False
 
 
 @contextmanager
 def followed(pair: Pair, data: Dataset, config: DistillConfig, output: Path, device: torch.device) -> Iterator[Task]:
-    """The task of training a student, with its teacher's features at hand, stored beside `output` if need be.
-
-    Once the student is safe the features go, unless they are to be kept.
-    """
+    """The task of training a student, with its teacher's features at hand, stored beside `output` if need be."""
     samples = student_samples(pair.artifact, pair.teacher, data)
     key = store_spec(pair.teacher, config).key(pair.artifact.hash, samples)
     shelf = output.parent / f".features-{key[:16]}"
     with claimed(shelf) if stores_features(pair.teacher, config) else nullcontext():
-        earlier = on_main(lambda: _shelves(output, shelf.name))
+        on_main(lambda: _note_shelf(output, shelf.name))
         reader = _reader(pair.teacher, samples, config, (shelf, key, device))
         yield _task(pair.teacher, pair.student, (samples, reader), data, config)
-        on_main(lambda: drop_store(shelf, keep=config.features.keep))
-        on_main(lambda: _drop_abandoned([output.with_name(name) for name in earlier]))
 
 
-def _shelves(output: Path, name: str) -> list[str]:
-    """Shelves that earlier runs into this output, killed and never resumed, had begun; this run's is added."""
+def begun_shelves(output: Path) -> list[Path]:
+    """Where runs into this output have stored features, this run last; known until the work folder is removed."""
     path = work_folder(output) / SHELVES_FILE
     names: list[str] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    others = [other for other in names if other != name]
-    write_json(path, [*others, name])
-    return others
+    return [output.with_name(name) for name in names]
 
 
-def _drop_abandoned(shelves: list[Path]) -> None:
+def drop_shelves(shelves: Sequence[Path], *, keep_last: bool = False) -> None:
+    """Remove stored features once the output is safe: this run's, and those of runs killed and never resumed."""
     for shelf in shelves:
         try:
             with claimed(shelf):
-                drop_store(shelf, keep=False)
+                drop_store(shelf, keep=keep_last and shelf == shelves[-1])
         except ArtifactError:  # a run into another output reads it, and will drop it
             continue
+
+
+def _note_shelf(output: Path, name: str) -> None:
+    path = work_folder(output) / SHELVES_FILE
+    partial = path.with_suffix(".partial")
+    write_json(partial, [*(shelf.name for shelf in begun_shelves(output) if shelf.name != name), name])
+    partial.rename(path)
 
 
 def distill_stage(teacher: Artifact, data: Dataset, config: DistillConfig) -> Stage:

@@ -120,6 +120,7 @@ def build_store(teacher: DecoderModel, samples: Samples, spec: StoreSpec, folder
     if done == len(batches):
         return store
     if not done:
+        _note(folder / NOTE_FILE, {"key": key, "batches": 0})
         _reserve(store)
     columns = {name: store.column(name, "r+") for name in spec.columns()}
     with progress_bar("features", len(batches), done=done) as bar:

@@ -13,17 +13,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from compress.calibrate import some_cases
+from compress.int8 import load_full_precision
 from compress.plots import heatmap
 from slmrec.artifact import Artifact, Stage, is_up_to_date, open_artifact, publish, write_json
 from slmrec.catalogue import load_catalogue, require_same_catalogue
 from slmrec.compress_config import ImportanceConfig
 from slmrec.config import settings_of
 from slmrec.dataset import Dataset
+from slmrec.errors import ConfigError
 from slmrec.evaluate import validation_ndcg
 from slmrec.locks import one_run_at_a_time
-from slmrec.models.checkpoint import load_decoder
 from slmrec.models.decoder import DecoderModel, decoder_settings
-from slmrec.models.ranking import TorchRecommender
+from slmrec.models.ranking import TorchRecommender, resolve_device
 from slmrec.progress import progress_bar
 from slmrec.recommender import Histories
 from slmrec.sequences import Cases, validation_cases
@@ -57,11 +58,11 @@ def write_importance(
     stage = Stage(name="importance", kind="analysis", settings=settings_of(config), parents=parents)
     if is_up_to_date(output, stage, force=force):
         return open_artifact(output), True
-    model, cases = (
-        load_decoder(parent).eval(),
-        some_cases(validation_cases(data.sequences), config.max_users, config.seed),
-    )
-    angles, influence = user_vector_changes(model, cases.histories)
+    model = load_full_precision(parent).eval()
+    if model.num_layers == 1:
+        raise ConfigError(f"{parent.path} has a single layer, which cannot be left out", remedy="a deeper -m/--model")
+    cases = some_cases(validation_cases(data.sequences), config.max_users, config.seed)
+    angles, influence = user_vector_changes(model.to(resolve_device(device)), cases.histories)
     losses = damages(model, cases, [(layer,) for layer in range(model.num_layers)], device)
     layers = [
         LayerImportance(layer=layer, angular=float(angles[layer, 0]), influence=influence[layer], damage=losses[layer])

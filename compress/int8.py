@@ -17,6 +17,7 @@ from slmrec.models.checkpoint import linear_at, load_decoder, quantized_layers, 
 from slmrec.models.decoder import DecoderModel
 from slmrec.models.layers import Int8Linear
 from slmrec.models.llm_int8 import is_llm_int8
+from slmrec.models.ranking import resolve_device
 from slmrec.sequences import Cases
 
 
@@ -49,15 +50,19 @@ def load_full_precision(parent: Artifact) -> DecoderModel:
     return model
 
 
-def prepare(model: DecoderModel, cases: Cases, config: CalibrationConfig) -> Calibrated:
-    """Calibrate, migrate outliers, and calibrate the migrated model: its inputs have other ranges."""
-    histories = some_cases(cases, config.histories, config.seed).histories
+def prepare(model: DecoderModel, cases: Cases, config: CalibrationConfig, device: str = "cpu") -> Calibrated:
+    """Calibrate, migrate outliers, and calibrate the migrated model: its inputs have other ranges.
+
+    Histories run on `device`; what comes back is on the CPU.
+    """
+    histories, target = some_cases(cases, config.histories, config.seed).histories, resolve_device(device)
     model = model.eval()
     migrations: list[Migration] = []
     if config.migrate:
-        model, migrations = migrate(model, calibrate(model, histories, seed=config.seed))
-    ranges = static_ranges(calibrate(model, histories, seed=config.seed), model.num_layers)
-    return Calibrated(model, migrations, ranges, len(histories))
+        found = calibrate(model.to(target), histories, seed=config.seed)
+        model, migrations = migrate(model.cpu(), found)
+    ranges = static_ranges(calibrate(model.to(target), histories, seed=config.seed), model.num_layers)
+    return Calibrated(model.cpu(), migrations, ranges, len(histories))
 
 
 def quantize_model(

@@ -53,5 +53,8 @@ def _axes(width: float, height: float) -> "tuple[Figure, Axes]":
 
 
 def _save(figure: "Figure", path: Path) -> None:
+    from matplotlib import rc_context
+
     for suffix in SUFFIXES:
-        figure.savefig(path.with_suffix(suffix), dpi=120, metadata={"Date": None} if suffix == ".svg" else None)
+        with rc_context({"svg.hashsalt": path.name}):  # equal figures are equal files
+            figure.savefig(path.with_suffix(suffix), dpi=120, metadata={"Date": None} if suffix == ".svg" else None)

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from compress.calibrate import calibrate, some_cases
-from compress.distill import Pair, followed
+from compress.distill import Pair, begun_shelves, drop_shelves, followed
 from compress.importance import damages, keep_layers, user_vector_changes
 from compress.student import require_distillable
 from compress.width import cut_width, require_narrower
@@ -30,7 +30,7 @@ from slmrec.sequences import Cases, validation_cases
 from slmrec.train import train
 from slmrec.writing import save_tensors
 
-PRUNING_FILE = "pruning.json"
+PRUNING_FILE, CHOICE_FILE = "pruning.json", "choice.json"
 WIDTHS = ("mlp_size", "num_heads")
 CALIBRATION_USERS = 512
 
@@ -92,7 +92,9 @@ def prune(
         save_checkpoint(folder, pruned.model.cpu(), pruned.log)
         write_json(folder / PRUNING_FILE, {"kept_layers": pruned.kept, "turns": pruned.turns})
         data.items.save(folder)
+    shelves = begun_shelves(output)
     shutil.rmtree(work_folder(output))
+    drop_shelves(shelves)
     return open_artifact(output), False
 
 
@@ -150,7 +152,7 @@ def choose_layers(setting: Setting, model: DecoderModel, count: int) -> list[int
             losses = damages(model, cases, stretches, setting.device)
             return list(stretches[int(np.argmin(losses))])
         return _least_damage(setting, model, cases, count)
-    angles, influence = user_vector_changes(model, cases.histories)
+    angles, influence = user_vector_changes(model.to(resolve_device(setting.device)), cases.histories)
     if config.contiguous and config.criterion == "angular":
         return list(stretches[int(np.argmin(angles[: len(stretches), count - 1]))])
     single = angles[:, 0] if config.criterion == "angular" else np.array(influence)
@@ -211,17 +213,34 @@ def _all_turns(setting: Setting) -> Pruned:
 
 def _turn(setting: Setting, before: Pruned, depth: int, key: str, *, is_last: bool) -> Pruned:
     config, model = setting.config, before.model
-    count = model.num_layers - depth
-    gone: Sequence[int] = config.drop or (choose_layers(setting, model, count) if count else [])
+    gone = _chosen(setting, model, model.num_layers - depth, key)
     kept = [layer for layer in range(model.num_layers) if layer not in gone]
-    smaller = keep_layers(model, kept)
+    smaller = keep_layers(model.cpu(), kept)
     turn: dict[str, Any] = {"dropped_layers": [before.kept[layer] for layer in gone], "num_layers": depth}
     if is_last and (config.mlp_size or config.num_heads):
         histories = some_cases(setting.cases, CALIBRATION_USERS, config.importance.seed).histories
-        smaller = cut_width(smaller, calibrate(smaller, histories), config.mlp_size, config.num_heads)
+        found = calibrate(smaller.to(resolve_device(setting.device)), histories)
+        smaller = cut_width(smaller.cpu(), found, config.mlp_size, config.num_heads)
         turn |= {"mlp_size": config.mlp_size, "num_heads": config.num_heads}
     log = _heal(setting, smaller, key) if config.heal_epochs else []
     return Pruned(smaller, [before.kept[layer] for layer in kept], [*before.turns, turn], [*before.log, *log])
+
+
+def _chosen(setting: Setting, model: DecoderModel, count: int, key: str) -> Sequence[int]:
+    """The layers to drop; once chosen they stay, whatever a resumed run would choose elsewhere."""
+    if setting.config.drop or not count:
+        return setting.config.drop
+    path = work_folder(setting.output) / CHOICE_FILE
+    if path.exists():
+        noted = json.loads(path.read_text(encoding="utf-8"))
+        if noted["key"] == key:
+            layers: list[int] = noted["layers"]
+            return layers
+    chosen = choose_layers(setting, model, count)
+    partial = path.with_suffix(".partial")
+    write_json(partial, {"key": key, "layers": chosen})
+    partial.rename(path)
+    return chosen
 
 
 def _heal(setting: Setting, smaller: DecoderModel, key: str) -> list[dict[str, Any]]:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from compress.calibrate import some_cases
 from compress.int8 import decoder_linears, load_full_precision, prepare, quantize_model, require_matches
 from compress.sensitivity import accuracy_of, sensitivity
@@ -54,7 +56,8 @@ class Gate:
     def to_json(self) -> dict[str, Any]:
         """What `gate.json` holds."""
         state = "underpowered" if self.underpowered else "passed" if self.passed else "failed"
-        return vars(self) | {"gate": state, "passed": self.passed, "split": "validation"}
+        ends = {name: end if np.isfinite(end) else None for name, end in (("low", self.low), ("high", self.high))}
+        return vars(self) | ends | {"gate": state, "passed": self.passed, "split": "validation"}
 
     def to_text(self) -> str:
         """One line for people."""
@@ -77,14 +80,17 @@ def quantize(
     require_same_catalogue(
         load_catalogue(parent.path), data.items, model_name=str(parent.path), data_name=str(data.artifact.path)
     )
+    settings = settings_of(config)
+    if config.backend != "neutral":
+        del settings["calibration"]
     parents = {"model": parent, "data": data.artifact}
-    stage = Stage(name="quantize", kind="checkpoint", settings=settings_of(config), parents=parents)
+    stage = Stage(name="quantize", kind="checkpoint", settings=settings, parents=parents)
     if is_up_to_date(output, stage, force=force):
         return open_artifact(output), True
     model = load_full_precision(parent)
     require_matches(model, config.keep_fp)
     cases = validation_cases(data.sequences)
-    prepared = prepare(model, cases, config.calibration) if config.backend == "neutral" else None
+    prepared = prepare(model, cases, config.calibration, device) if config.backend == "neutral" else None
     quantized, gate = _search(prepared.model if prepared else model.eval(), cases, config, device)
     with publish(output, stage) as folder:
         save_checkpoint(folder, quantized.cpu())
@@ -99,6 +105,7 @@ def read_gate(artifact: Artifact) -> tuple[dict[str, Any], str]:
     """How an 8-bit checkpoint passed its gate: the record, and a line for people."""
     record = json.loads((artifact.path / GATE_FILE).read_text(encoding="utf-8"))
     fields = {name: record[name] for name in Gate.__dataclass_fields__}
+    fields |= {name: float("inf") for name in ("low", "high") if fields[name] is None}  # where few users hit at all
     kept = f"; fp32: {', '.join(record['kept_fp'])}" if record["kept_fp"] else ""
     return record, Gate(**fields).to_text() + kept
 
@@ -112,7 +119,8 @@ def _search(model: DecoderModel, cases: Cases, config: QuantizeConfig, device: s
     if gate.passed:
         return quantized, gate
     some = some_cases(cases, GATE_USERS_FOR_LAYERS, config.calibration.seed)
-    worst_first = [one.layer for one in sensitivity(model.cpu(), some, device)]
+    open_to_choice = [name for name in decoder_linears(model) if name not in decoder_linears(quantized)]
+    worst_first = [one.layer for one in sensitivity(model.cpu(), some, device, open_to_choice, make)]
     kept = 1
     while config.auto_keep and kept < len(worst_first):
         quantized = quantize_model(model, [*config.keep_fp, *worst_first[:kept]], make)
@@ -120,10 +128,12 @@ def _search(model: DecoderModel, cases: Cases, config: QuantizeConfig, device: s
         if gate.passed:
             return quantized, gate
         kept *= 2
+    tried = f" (even with {kept // 2} layers in fp32)" if config.auto_keep else ""
     raise CheckError(
-        f"8 bits cost too much: {gate.to_text()}. Most sensitive layers: {', '.join(worst_first[:3])}",
-        remedy=f"--auto-keep, --keep-fp {worst_first[0]}, or a lower --accuracy-gate",
-    )
+        f"8 bits cost too much{tried}: {gate.to_text()}. Most sensitive layers: {', '.join(worst_first[:3])}",
+        remedy="a lower --accuracy-gate" if config.auto_keep
+        else f"--auto-keep, --keep-fp {worst_first[0]}, or a lower --accuracy-gate",
+    )  # fmt: skip
 
 
 def _gate(before: Accuracy, after: Accuracy, config: QuantizeConfig) -> Gate:

@@ -1,10 +1,12 @@
 """sensitivity: what 8 bits in each layer alone cost, measured on validation users."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from compress.calibrate import some_cases
 from compress.int8 import decoder_linears, load_full_precision, prepare, quantize_model
@@ -18,6 +20,7 @@ from slmrec.evaluate import VALIDATION_PROTOCOL, Accuracy, evaluate
 from slmrec.locks import one_run_at_a_time
 from slmrec.metrics import overlap
 from slmrec.models.decoder import DecoderModel
+from slmrec.models.layers import Int8Linear
 from slmrec.models.ranking import TorchRecommender
 from slmrec.progress import progress_bar
 from slmrec.sequences import Cases, validation_cases
@@ -49,7 +52,7 @@ def write_sensitivity(
     if is_up_to_date(output, stage, force=force):
         return open_artifact(output), True
     cases = validation_cases(data.sequences)
-    model = prepare(load_full_precision(parent), cases, config.calibration).model
+    model = prepare(load_full_precision(parent), cases, config.calibration, device).model
     some = some_cases(cases, config.max_users, config.calibration.seed)
     found = sensitivity(model, some, device)
     with publish(output, stage) as folder:
@@ -77,15 +80,25 @@ def sensitivity_text(layers: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def sensitivity(model: DecoderModel, cases: Cases, device: str) -> list[Sensitivity]:
-    """What 8 bits in each linear layer alone cost these users, most sensitive first (by the lists that change)."""
-    layers = decoder_linears(model)
-    found = []
+def sensitivity(
+    model: DecoderModel,
+    cases: Cases,
+    device: str,
+    layers: Sequence[str] | None = None,
+    make: Callable[[nn.Linear], nn.Module] = Int8Linear.from_linear,
+) -> list[Sensitivity]:
+    """What 8 bits in each linear layer alone cost these users, most sensitive first (by the lists that change).
+
+    `layers` are those measured, by default all; `make` gives the 8-bit layer of a linear one.
+    """
+    every, found = decoder_linears(model), []
+    layers = every if layers is None else layers
     with progress_bar("sensitivity", len(layers) + 1) as bar:
         before = accuracy_of(model, cases, device)
         bar(1)
         for layer in layers:
-            after = accuracy_of(quantize_model(model, [name for name in layers if name != layer]), cases, device)
+            alone = quantize_model(model, [name for name in every if name != layer], make)
+            after = accuracy_of(alone, cases, device)
             ratio = after.metrics["ndcg@10"].estimate / max(before.metrics["ndcg@10"].estimate, 1e-12)
             changed = 1 - float(overlap(after.top_10, before.top_10).mean())
             found.append(Sensitivity(layer=layer, ndcg_loss=1 - ratio, overlap_loss=changed))

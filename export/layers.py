@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int32, UInt8
 from torch import Tensor, nn
 
-from slmrec.models.layers import Int8Linear
+from slmrec.models.layers import Int8Linear, Int8WeightLinear
 
 MASKED = -1e9
 """Added to the score of a key that must not be seen; finite, so that a row without any key stays finite."""
@@ -53,18 +53,44 @@ class Int8Product(nn.Module):
         return outputs if self.bias is None else outputs + self.bias
 
 
+@torch.library.custom_op("slmcompress::dequantize", mutates_args=())
+def dequantize(weight: Tensor, scale: Tensor) -> Tensor:
+    """Int8 weights [in, out] times the scale of their output channel [out], as DequantizeLinear does along axis 1."""
+    return weight.float() * scale
+
+
+@dequantize.register_fake
+def _(weight: Tensor, scale: Tensor) -> Tensor:
+    return weight.new_empty(weight.shape, dtype=torch.float32)
+
+
+class DequantizedProduct(nn.Module):
+    """`Int8WeightLinear` in operations that ONNX has: 8-bit weights on disk, fp32 arithmetic."""
+
+    def __init__(self, layers: Sequence[Int8WeightLinear]) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.cat([layer.weight for layer in layers]).T.contiguous())
+        self.register_buffer("scale", torch.cat([layer.scale for layer in layers]))
+        self.register_buffer("bias", _joined_bias(layers))
+        self.weight: Tensor
+        self.scale: Tensor
+        self.bias: Tensor | None
+
+    def forward(self, inputs: Float[Tensor, "batch length inputs"]) -> Float[Tensor, "batch length outputs"]:
+        """Inputs @ (weight * scale) + bias."""
+        outputs: Tensor = inputs @ dequantize(self.weight, self.scale)
+        return outputs if self.bias is None else outputs + self.bias
+
+
 class Parallel(nn.Module):
     """Linear layers that read the same input, as one product where all are of one kind."""
 
     def __init__(self, layers: Sequence[Any]) -> None:
         super().__init__()
         self.sizes = [layer.out_features for layer in layers]
-        if all(isinstance(layer, Int8Linear) for layer in layers):
-            self.products = nn.ModuleList([Int8Product(layers)])
-        elif any(isinstance(layer, Int8Linear) for layer in layers):
-            self.products = nn.ModuleList(Int8Product([x]) if isinstance(x, Int8Linear) else x for x in layers)
-        else:
-            self.products = nn.ModuleList([_joined(layers)])
+        kinds = {type(layer) for layer in layers}
+        parts = [layers] if len(kinds) == 1 else [[layer] for layer in layers]
+        self.products = nn.ModuleList(_product(part) for part in parts)
 
     def forward(self, inputs: Float[Tensor, "batch length inputs"]) -> tuple[Tensor, ...]:
         """One output per layer."""
@@ -176,6 +202,13 @@ def _sliding_window(attention: Any) -> int | None:
     if types is not None:
         return config.sliding_window if types[attention.layer_idx] == "sliding_attention" else None
     return getattr(config, "sliding_window", None) if config.model_type == "mistral" else None
+
+
+def _product(layers: Sequence[Any]) -> nn.Module:
+    """One product for layers of one kind that read the same input."""
+    if isinstance(layers[0], Int8Linear):
+        return Int8Product(layers)
+    return DequantizedProduct(layers) if isinstance(layers[0], Int8WeightLinear) else _joined(layers)
 
 
 def _joined(layers: Sequence[nn.Linear]) -> nn.Linear:

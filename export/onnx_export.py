@@ -19,8 +19,9 @@ from slmrec.catalogue import load_catalogue, require_same_catalogue
 from slmrec.config import ExportConfig, settings_of
 from slmrec.dataset import Dataset
 from slmrec.locks import one_run_at_a_time
-from slmrec.models.checkpoint import load_decoder, quantized_layers, with_neutral_layers
+from slmrec.models.checkpoint import load_decoder, with_neutral_layers
 from slmrec.models.decoder import DecoderModel
+from slmrec.models.layers import Int8Linear, Int8WeightLinear
 from slmrec.models.ranking import TorchRecommender
 
 BUCKET_STEP = 8
@@ -69,7 +70,10 @@ def export_model(model: DecoderModel, folder: Path, config: ExportConfig) -> Non
             input_names=INPUTS,
             output_names=OUTPUTS,
             dynamic_shapes=({0: free, 1: free}, {0: free, 1: free}),
-            custom_translation_table={torch.ops.slmcompress.matmul_int8.default: _matmul_int8},
+            custom_translation_table={
+                torch.ops.slmcompress.matmul_int8.default: _matmul_int8,
+                torch.ops.slmcompress.dequantize.default: _dequantize,
+            },
         )
     assert program is not None
     _write_graph(program.model_proto, folder, signature(model, graph, config))
@@ -96,9 +100,13 @@ def signature(model: DecoderModel, graph: ServingGraph, config: ExportConfig) ->
         "keep_history": config.keep_history,
         "ties": "smaller id first",
         "opset": config.opset,
-        "precision": "int8" if quantized_layers(model) else "fp32",
-        "num_8bit_layers": len(quantized_layers(model)),
+        "precision": "int8" if _count(model, Int8Linear) else "fp32",
+        "num_8bit_layers": _count(model, Int8Linear) + _count(model, Int8WeightLinear),
     }
+
+
+def _count(model: DecoderModel, kind: type) -> int:
+    return sum(isinstance(module, kind) for module in model.modules())
 
 
 def _write_graph(model: onnx.ModelProto, folder: Path, described: dict[str, Any]) -> None:
@@ -118,6 +126,17 @@ def _matmul_int8(inputs: Any, weight: Any) -> Any:
 
     zero_point = op.Cast(op.Constant(value_int=128), to=onnx.TensorProto.UINT8)
     return op.MatMulInteger(inputs, weight, zero_point)
+
+
+def _dequantize(weight: Any, scale: Any) -> Any:
+    """How the exporter writes `dequantize`.
+
+    As a cast and a product, which ONNX Runtime does once, when it loads. DequantizeLinear means the same, but with a
+    product behind it ONNX Runtime makes MatMulNBits of the two, whose default rounds activations to 8 bits.
+    """
+    from onnxscript import opset20 as op
+
+    return op.Mul(op.Cast(weight, to=onnx.TensorProto.FLOAT), scale)
 
 
 @contextlib.contextmanager

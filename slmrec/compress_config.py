@@ -124,7 +124,7 @@ class DistillConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationConfig:
-    """What of the data 8-bit scales are chosen on: histories of validation users."""
+    """What of the data outliers and static ranges are found on: histories of validation users."""
 
     histories: int = 512
     """Drawn at random; all where there are fewer."""
@@ -164,6 +164,11 @@ class QuantizeConfig:
             "--bits 8",
         )
         require_choice("backend", self.backend, ("neutral", "bitsandbytes"))
+        require(
+            self.backend == "neutral" or self.calibration == CalibrationConfig(seed=self.calibration.seed),
+            "LLM.int8 is not calibrated: it finds outliers in every batch anew",
+            "--backend neutral, or leave out --calibration-histories and --no-migrate",
+        )
         require(0 < self.accuracy_gate <= 1, f"accuracy_gate={self.accuracy_gate} is no share", "--accuracy-gate 0.99")
 
 
@@ -229,3 +234,8 @@ class PruneConfig:
             "--num-layers 3, --drop 2,5, --mlp-size 1024 or --num-heads 6",
         )
         require(len(set(self.drop)) == len(self.drop), f"--drop {self.drop} names a layer twice", "each layer once")
+        require(
+            self.num_layers is not None or (self.criterion == "damage" and not self.contiguous),
+            "--criterion and --contiguous choose layers, but none are to be chosen",
+            "--num-layers with them",
+        )

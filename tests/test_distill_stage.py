@@ -110,6 +110,21 @@ def test_what_a_killed_run_with_other_settings_had_stored_goes_once_the_output_i
     assert not list(tmp_path.glob(".*"))
 
 
+def test_features_of_a_run_killed_at_its_first_batch_go_too(runs, tmp_path, monkeypatch):
+    class KilledError(Exception):
+        pass
+
+    def killed(*_):
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("compress.features._write_batch", killed)
+        with pytest.raises(KilledError):
+            made(runs, tmp_path / "student", replace(CONFIG, features=FeatureConfig(dtype="float32")))
+    made(runs, tmp_path / "student", CONFIG)
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_a_student_of_the_backbone_is_another_run_when_the_backbone_changes(runs):
     teacher, data = open_artifact(runs / "teacher"), load_dataset(runs / "data")
     config = replace(CONFIG, init="backbone")

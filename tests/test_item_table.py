@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from compress.item_table import Int8Table, certified_top_k
+from slmrec.errors import ConfigError
 
 
 def table_and_users(kind):
@@ -14,7 +15,11 @@ def table_and_users(kind):
         table = table[:20].repeat(100, 1) + 1e-5 * torch.randn(2000, 64, generator=generator)
     if kind == "one large entry":
         table[:, 0] += 50
-    return table, torch.randn(70, 64, generator=generator)
+    users = torch.randn(70, 64, generator=generator)
+    if kind == "constant rows":  # rounding of long sums all in one direction, and scores that almost tie
+        table = (1 + 1e-4 * torch.randn(2000, 1, generator=generator)).expand(2000, 1024).contiguous()
+        users = (1 + torch.rand(70, 1, generator=generator)).expand(70, 1024).contiguous()
+    return table, users
 
 
 def exact_lists(table, users, excluded, k):
@@ -23,7 +28,7 @@ def exact_lists(table, users, excluded, k):
     return np.argsort(-scores, axis=1, kind="stable")[:, :k] + 1, -np.sort(-scores, axis=1)[:, :k]
 
 
-@pytest.mark.parametrize("kind", ["random", "near duplicates", "one large entry"])
+@pytest.mark.parametrize("kind", ["random", "near duplicates", "one large entry", "constant rows"])
 @pytest.mark.parametrize("candidates", [10, 40, 500, 2000])
 def test_lists_are_exact_whatever_the_candidates(kind, candidates):
     table, users = table_and_users(kind)
@@ -37,6 +42,12 @@ def test_lists_are_exact_whatever_the_candidates(kind, candidates):
     np.testing.assert_allclose(own, best, rtol=1e-5, atol=1e-4)  # near duplicates may trade places within rounding
     if kind == "random":
         assert (items.numpy() == wanted).all()
+    full = (users @ table.T).masked_fill(excluded, -torch.inf)
+    for row in certified.nonzero()[:, 0].tolist():
+        left = full[row].clone()
+        left[items[row] - 1] = -torch.inf
+        rounding = Int8Table.of(table).rounding * users[row].norm()
+        assert left.max() <= scores[row, -1] + rounding, "what is left out of a certified list scores no better"
     if candidates == 2000:
         assert certified.all()
 
@@ -59,6 +70,13 @@ def test_enough_candidates_certify_and_too_few_do_not():
     ]
     assert shares[0] < 0.5
     assert shares[1] > 0.95
+
+
+def test_fewer_candidates_than_items_asked_for_are_refused():
+    table, users = table_and_users("random")
+    nothing = torch.zeros(70, 2000, dtype=torch.bool)
+    with pytest.raises(ConfigError, match="9 candidates cannot hold the best 10"):
+        certified_top_k(table, Int8Table.of(table), users, nothing, k=10, candidates=9)
 
 
 def test_ties_fall_to_the_smaller_id():

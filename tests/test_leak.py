@@ -27,7 +27,7 @@ def write_log(path, *, other_last_items):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    backbone = write_backbone(tmp_path_factory.mktemp("input") / "backbone", num_layers=2)
+    backbone = write_backbone(tmp_path_factory.mktemp("input") / "backbone", num_layers=3)
 
     def make(*, other_last_items):
         runs = tmp_path_factory.mktemp("runs")
@@ -35,10 +35,12 @@ def made(tmp_path_factory):
         for command in (
             ["data", log],
             ["train-items", "--epochs", 3, "--patience", 1],
-            ["train-teacher", "--backbone", backbone, "--num-layers", 2, "--prompt", "none", *TRAIN],
-            ["distill", "--num-layers", 2, "--num-blocks", 2, *TRAIN],
+            ["train-teacher", "--backbone", backbone, "--num-layers", 3, "--prompt", "none", *TRAIN],
+            ["distill", "--num-layers", 3, "--num-blocks", 2, *TRAIN],
             ["quantize", "--auto-keep"],
-            ["prune", "--num-layers", 1, "-m", runs / "student", *TRAIN[:2]],
+            ["prune", "--num-layers", 2, "-m", runs / "student", *TRAIN[:2]],
+            ["sensitivity", "-m", runs / "student"],
+            ["importance", "-m", runs / "student"],
         ):
             result = CliRunner().invoke(main, ["--runs", str(runs), *map(str, command)], standalone_mode=False)
             if result.exception is not None:
@@ -55,6 +57,6 @@ def test_other_last_items_change_no_weight_no_scale_and_no_choice(made):
     assert first.items.item_ids == second.items.item_ids
     differ = sum(a[-1] != b[-1] for a, b in zip(first.sequences, second.sequences, strict=True))
     assert differ == 150, "the two logs do differ in their last items"
-    for product in ("items", "teacher", "student", "student-int8", "student-pruned"):
+    for product in ("items", "teacher", "student", "student-int8", "student-pruned", "sensitivity", "importance"):
         files = [open_artifact(runs / product).manifest["files"] for runs in (one, other)]
         assert files[0] == files[1], product

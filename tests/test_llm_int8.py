@@ -16,9 +16,10 @@ from slmrec.config import DataConfig, ExportConfig
 from slmrec.dataset import load_dataset
 from slmrec.errors import ConfigError
 from slmrec.interactions import prepare_dataset
+from slmrec.metrics import overlap
 from slmrec.models.checkpoint import load_decoder, quantized_layers, save_checkpoint, with_neutral_layers
 from slmrec.models.layers import Int8Linear
-from slmrec.models.llm_int8 import as_int8_linear, is_llm_int8, llm_int8
+from slmrec.models.llm_int8 import dequantizing, is_llm_int8, llm_int8
 from slmrec.models.ranking import TorchRecommender
 from slmrec.sequences import test_cases as held_out
 from slmrec.synthetic import write_log
@@ -61,12 +62,15 @@ def test_an_llm_int8_layer_is_the_definition_written_out():
 def test_the_neutral_layer_has_the_same_integers_and_scales():
     torch.manual_seed(0)
     layer = llm_int8(torch.nn.Linear(64, 24))
-    neutral = as_int8_linear(layer)
+    neutral = dequantizing(layer)
     assert torch.equal(neutral.weight, layer.state_dict()["weight"])
     assert torch.equal(neutral.scale, layer.state_dict()["SCB"] / 127)
-    inputs = torch.randn(5, 64)  # no outliers: the two compute the same
+    inputs = torch.randn(5, 64)
+    weights = layer.state_dict()["weight"].double() * layer.state_dict()["SCB"].double()[:, None] / 127
     with torch.inference_mode():
-        torch.testing.assert_close(neutral(inputs), layer(inputs), rtol=5e-3, atol=5e-3)
+        expected = inputs.double() @ weights.T + layer.bias.double()
+        torch.testing.assert_close(neutral(inputs).double(), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(neutral(inputs), layer(inputs), rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -101,19 +105,28 @@ def test_transformers_loads_the_decoder_and_computes_the_same(tiny_model, data, 
         assert torch.equal(theirs(inputs_embeds=vectors).last_hidden_state, expected)
 
 
-def test_a_graph_has_the_integers_of_the_checkpoint(tiny_model, data, tmp_path):
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_graph_has_the_integers_of_the_checkpoint_and_loses_nothing_more(tiny_model, data, tmp_path, family):
     import onnx
     from onnx.numpy_helper import to_array
 
-    model = quantize_model(tiny_model(num_layers=2, prompt="none", supervision="all"), (), llm_int8).eval()
-    checkpoint = saved(model, data, tmp_path / "int8")
+    wide = 512  # smaller constants are multiplied out in the file
+    plain = tiny_model(family, 2, intermediate_size=wide, prompt="none", supervision="all").eval()
+    checkpoint = saved(quantize_model(plain, ("layers.0.self_attn.k",), llm_int8).eval(), data, tmp_path / "int8")
     graph, _ = export_checkpoint(checkpoint, data, tmp_path / "graph", ExportConfig())
     down = load_decoder(checkpoint).decoder.layers[0].mlp.down_proj.state_dict()["weight"].numpy()
-    constants = [to_array(one) for one in onnx.load(graph.path / "model.onnx").graph.initializer]
+    loaded = onnx.load(graph.path / "model.onnx").graph
+    constants = [to_array(one) for one in loaded.initializer]
     assert any(one.dtype == np.int8 and one.shape == down.T.shape and (one == down.T).all() for one in constants)
+    signature = json.loads((graph.path / "signature.json").read_text())
+    assert (signature["precision"], signature["num_8bit_layers"]) == ("fp32", 13)
     histories = held_out(data.sequences).histories
-    neutral = TorchRecommender(with_neutral_layers(load_decoder(checkpoint)), "cpu").recommend(histories, 5)
-    assert (OnnxRecommender(graph.path).recommend(histories, 5).item_ids == neutral.item_ids).mean() > 0.99
+    graph_lists = OnnxRecommender(graph.path).recommend(histories, 10)
+    weights_only = TorchRecommender(with_neutral_layers(load_decoder(checkpoint)), "cpu").recommend(histories, 10)
+    assert (graph_lists.item_ids == weights_only.item_ids).mean() > 0.99
+    fp32 = TorchRecommender(plain, "cpu").recommend(histories, 10).item_ids
+    llm = TorchRecommender(load_decoder(checkpoint), "cpu").recommend(histories, 10).item_ids
+    assert overlap(graph_lists.item_ids, fp32).mean() >= overlap(llm, fp32).mean() - 0.01
 
 
 def test_the_config_says_which_backend(tiny_model, data, tmp_path):

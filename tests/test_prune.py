@@ -214,6 +214,24 @@ def test_turns_that_are_done_are_not_done_again(runs, tmp_path, monkeypatch):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_a_resumed_run_keeps_to_the_layers_it_had_chosen_and_leaves_no_features(runs, tmp_path, monkeypatch):
+    data, parent = load_dataset(runs / "data"), open_artifact(runs / "teacher")
+
+    def stopping(*_):
+        raise StoppedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("compress.prune.train", stopping)
+        with pytest.raises(StoppedError):
+            prune(parent, data, tmp_path / "out", CONFIG)
+    chosen = json.loads((tmp_path / ".out.work" / "choice.json").read_text())["layers"]
+    other = [layer for layer in range(4) if layer not in chosen]
+    monkeypatch.setattr("compress.prune.choose_layers", lambda *_: other)
+    made, _ = prune(parent, data, tmp_path / "out", CONFIG)
+    assert json.loads((made.path / "pruning.json").read_text())["turns"][0]["dropped_layers"] == chosen
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cutting_parts_that_do_nothing_changes_no_score(tiny_model, histories, family):
     model = tiny_model(family=family, num_layers=2, prompt="slmrec").eval()
@@ -270,11 +288,21 @@ def test_what_cannot_be_cut_is_refused(runs, changes, message):
         ({"num_layers": None, "drop": (1, 1)}, "twice"),
         ({"criterion": "luck"}, "criterion='luck'"),
         ({"heal_epochs": -1}, "heal_epochs=-1 is below 0"),
+        ({"num_layers": None, "drop": (1,), "criterion": "angular"}, "none are to be chosen"),
+        ({"num_layers": None, "mlp_size": 8, "contiguous": True}, "none are to be chosen"),
     ],
 )
 def test_contradictions_are_refused_as_early_as_they_are_known(changes, message):
     with pytest.raises(ConfigError, match=message):
         replace(CONFIG, **changes)
+
+
+def test_a_single_layer_has_no_importance(runs, tmp_path):
+    data = load_dataset(runs / "data")
+    config = replace(CONFIG, num_layers=None, drop=(0, 1, 2, 3), heal_epochs=0)
+    one, _ = prune(open_artifact(runs / "teacher"), data, tmp_path / "one", config)
+    with pytest.raises(ConfigError, match="single layer"):
+        write_importance(one, data, tmp_path / "importance", ImportanceConfig(), device="cpu")
 
 
 def test_importance_is_written_with_its_heatmap(runs, tmp_path):

@@ -5,10 +5,12 @@ import pytest
 import torch
 
 from compress.int8 import decoder_linears, quantize_model
-from compress.quantize import Gate
+from compress.quantize import Gate, _search, read_gate
 from compress.sensitivity import sensitivity
-from slmrec.compress_config import QuantizeConfig
-from slmrec.errors import ConfigError
+from slmrec.artifact import Stage, open_artifact, publish, write_json
+from slmrec.compress_config import CalibrationConfig, QuantizeConfig
+from slmrec.errors import CheckError, ConfigError
+from slmrec.metrics import Interval
 from slmrec.models.checkpoint import quantized_layers
 from slmrec.models.layers import Int8Linear, quantize_rows
 from slmrec.models.ranking import TorchRecommender
@@ -83,12 +85,7 @@ def test_an_8_bit_model_scores_like_its_parent_and_not_like_zeros(tiny_model):
 
 
 def test_the_layer_with_outliers_is_the_most_sensitive(tiny_model):
-    model = tiny_model(num_layers=2, prompt="none").eval()
-    with torch.no_grad():
-        layer = model.decoder.layers[1]
-        layer.post_attention_layernorm.weight[0] /= 4096
-        layer.mlp.gate_proj.weight[:, 0] = 0
-        layer.mlp.up_proj.weight[:, 0] *= 4096  # every row's scale is spent on one column, which adds little
+    model = hard_to_round(tiny_model(num_layers=2, prompt="none").eval())
     rows = np.random.default_rng(0).integers(1, 21, size=(64, 6))
     cases = Cases(np.arange(64), Histories.of(Ragged.from_rows(list(rows))), rows[:, 0])
     found = sensitivity(model, cases, "cpu")
@@ -110,6 +107,57 @@ def test_a_narrow_interval_resolves_the_gate():
     gate = Gate(ratio=0.999, low=0.996, high=1.001, required=0.99, num_users=10, ndcg_before=0.1, ndcg_after=0.1)
     assert not gate.underpowered
     assert gate.to_json()["gate"] == "passed"
+
+
+def test_a_gate_on_few_hits_has_an_open_end_and_is_read_back(tmp_path):
+    gate = Gate(ratio=1.0, low=0.0, high=float("inf"), required=0.99, num_users=10, ndcg_before=0.1, ndcg_after=0.1)
+    with publish(tmp_path / "out", Stage(name="quantize", kind="checkpoint", settings={})) as folder:
+        write_json(folder / "gate.json", gate.to_json() | {"kept_fp": []})
+    record, text = read_gate(open_artifact(tmp_path / "out"))
+    assert record["high"] is None
+    assert "0.0000 to inf" in text
+    assert "not resolved by 10 users" in text
+
+
+def hard_to_round(model):
+    """A model one of whose layers spends the scale of every row of weights on a column that adds little."""
+    with torch.no_grad():
+        layer = model.decoder.layers[1]
+        layer.post_attention_layernorm.weight[0] /= 4096
+        layer.mlp.gate_proj.weight[:, 0] = 0
+        layer.mlp.up_proj.weight[:, 0] *= 4096
+    return model
+
+
+def gated(tiny_model, **settings):
+    model = hard_to_round(tiny_model(num_layers=2, prompt="none").eval())
+    rows = np.random.default_rng(0).integers(1, 21, size=(64, 6))
+    histories = Histories.of(Ragged.from_rows(list(rows)))
+    best = TorchRecommender(model, "cpu").recommend(histories, 1).item_ids[:, 0]
+    return _search(model, Cases(np.arange(64), histories, best), QuantizeConfig(accuracy_gate=0.97, **settings), "cpu")
+
+
+def test_auto_keep_finds_the_layer_that_breaks_the_gate(tiny_model):
+    with pytest.raises(CheckError, match=r"Most sensitive layers: layers\.1\.mlp\.up_proj") as caught:
+        gated(tiny_model)
+    assert "--auto-keep, --keep-fp layers.1.mlp.up_proj" in caught.value.remedy
+    quantized, gate = gated(tiny_model, auto_keep=True)
+    assert gate.passed
+    assert "layers.1.mlp.up_proj" in decoder_linears(quantized)
+
+
+def test_layers_that_are_kept_already_are_not_offered_again(tiny_model, monkeypatch):
+    monkeypatch.setattr("compress.quantize.ratio_of_means", lambda *_: Interval(0.5, 0.4, 0.6))
+    for auto_keep in (False, True):
+        with pytest.raises(CheckError) as caught:
+            gated(tiny_model, keep_fp=("layers.1.*",), auto_keep=auto_keep)
+        assert "layers.1." not in str(caught.value)
+        assert ("--auto-keep" in caught.value.remedy) is not auto_keep
+
+
+def test_llm_int8_takes_no_calibration():
+    with pytest.raises(ConfigError, match=r"LLM\.int8 is not calibrated"):
+        QuantizeConfig(backend="bitsandbytes", calibration=CalibrationConfig(migrate=False))
 
 
 def test_other_widths_are_refused():

@@ -82,10 +82,10 @@ def known(tiny_model, monkeypatch, study):
     return unseen, model, few, whole, vectors
 
 
-@pytest.mark.parametrize("way", ["title", "title + neighbours", "mean"])
+@pytest.mark.parametrize("way", ["title", "title + neighbours", "chance"])
 def test_items_that_join_leave_the_known_ones_as_they_were(known, way):
     unseen, model, few, whole, _ = known
-    if way == "mean":
+    if way == "chance":
         model.titles.zero_()
     joined = unseen.joined(model, whole, few, "backbone", way)
     with torch.inference_mode():

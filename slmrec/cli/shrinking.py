@@ -28,6 +28,7 @@ from slmrec.errors import ConfigError
 
 if TYPE_CHECKING:
     from slmrec.artifact import Artifact
+    from slmrec.dataset import Dataset
 
 FEW_HISTORIES = 64
 
@@ -38,7 +39,7 @@ def calibration_options(command: Command) -> Command:
         click.option("--migrate/--no-migrate", default=True, show_default=True,
                      help="Move outliers of activations into the weights; exact in fp32."),
         click.option("--calibration-histories", default=512, show_default=True,
-                     help="Histories of validation users that scales are chosen on."),
+                     help="Histories of validation users that outliers and ranges are found on."),
     ):  # fmt: skip
         command = option(command)
     return command
@@ -59,10 +60,12 @@ def _output_beside(parent: "Artifact", output: Path | None, ending: str) -> Path
     return resolve_output(output or beside.with_name(f"{beside.name}-{ending}"), "")
 
 
-def _warn_of_few(config: CalibrationConfig, num_users: int) -> None:
-    found = min(config.histories, num_users)
+def _warn_of_few(config: CalibrationConfig, data: "Dataset") -> None:
+    from slmrec.sequences import validation_cases
+
+    found = min(config.histories, len(validation_cases(data.sequences)))
     if found < FEW_HISTORIES:
-        say(f"calibration has {found} histories; scales chosen on fewer than {FEW_HISTORIES} may not fit other users")
+        say(f"calibration has {found} histories; ranges of fewer than {FEW_HISTORIES} may not fit other users")
 
 
 @click.command()
@@ -157,7 +160,8 @@ def quantize(
     from slmrec.dataset import load_dataset
 
     log = load_dataset(dataset.path)
-    _warn_of_few(config.calibration, len(log.sequences))
+    if config.backend == "neutral":
+        _warn_of_few(config.calibration, log)
     output = _output_beside(parent, output, "int8" if config.backend == "neutral" else "llm-int8")
     result = run(parent, log, output, config, device=device, force=force)
     gate, text = read_gate(result[0])
@@ -183,7 +187,7 @@ def sensitivity(
     from slmrec.dataset import load_dataset
 
     log = load_dataset(dataset.path)
-    _warn_of_few(config.calibration, len(log.sequences))
+    _warn_of_few(config.calibration, log)
     result = write_sensitivity(
         parent, log, resolve_output(output, "sensitivity"), config, device=device, force=force
     )  # fmt: skip
@@ -202,7 +206,7 @@ def importance(
 ) -> None:  # fmt: skip
     """Measure what each layer is worth, by three criteria; writes a table and a heatmap."""
     config = ImportanceConfig(max_users=max_users, seed=seed)
-    parent = choose_student(model)
+    parent = choose_student(model, wanted=_is_full_precision)
     dataset = choose(data, "data", "slmcompress data FILE", "dataset")
     from compress.importance import importance_text, read_importance, write_importance
     from slmrec.dataset import load_dataset

@@ -17,7 +17,7 @@ from slmrec.config import RecipeConfig, SasrecConfig, TrainConfig, WindowConfig
 from slmrec.errors import ArtifactError
 from slmrec.models.decoder import DecoderModel, DecoderSpec
 from slmrec.models.layers import Int8Linear
-from slmrec.models.llm_int8 import as_int8_linear, is_llm_int8, llm_int8, transformers_settings
+from slmrec.models.llm_int8 import dequantizing, is_llm_int8, llm_int8, transformers_settings
 from slmrec.models.ranking import TorchRecommender
 from slmrec.models.sasrec import Sasrec
 from slmrec.writing import save_tensors
@@ -101,11 +101,11 @@ def quantized_layers(model: nn.Module) -> list[str]:
 
 
 def with_neutral_layers(model: DecoderModel) -> DecoderModel:
-    """The model, LLM.int8 layers replaced by those of the same integers that every backend has."""
+    """The model, LLM.int8 layers replaced by such of the same integers as every backend has."""
     for name in quantized_layers(model):
         layer = model.get_submodule(name)
         if is_llm_int8(layer):
-            replace_linear(model, name, as_int8_linear(layer))
+            replace_linear(model, name, dequantizing(layer))
     return model
 
 

@@ -50,6 +50,38 @@ class Int8Linear(nn.Module):
     def forward(self, inputs: Float[Tensor, "... inputs"]) -> Float[Tensor, "... outputs"]:
         """Inputs @ weight.T + bias, in 8 bits."""
         quantized, scale = quantize_rows(inputs.float())
-        sums = torch._int_mm(quantized.reshape(-1, self.in_features), self.weight.t())
+        rows = quantized.reshape(-1, self.in_features)
+        sums = torch._int_mm(_enough_rows(rows), self.weight.t())[: len(rows)]
         outputs = sums.reshape(*inputs.shape[:-1], self.out_features).float() * scale * self.scale
         return outputs if self.bias is None else outputs + self.bias
+
+
+class Int8WeightLinear(nn.Module):
+    """Linear layer with int8 weights per output channel, computing in fp32.
+
+    What LLM.int8 checkpoints become outside PyTorch: their very integers, and no rounding of activations.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8))
+        self.register_buffer("scale", torch.zeros(out_features))
+        self.register_buffer("bias", torch.zeros(out_features) if bias else None)
+        self.weight: Tensor
+        self.scale: Tensor
+        self.bias: Tensor | None
+
+    def forward(self, inputs: Float[Tensor, "... inputs"]) -> Float[Tensor, "... outputs"]:
+        """Inputs @ (weight * scale).T + bias."""
+        return nn.functional.linear(inputs, self.weight.float() * self.scale[:, None], self.bias)
+
+
+CUDA_ROWS = 17
+"""Fewest rows that CUDA's product of 8-bit integers takes."""
+
+
+def _enough_rows(rows: Int8[Tensor, "rows inputs"]) -> Int8[Tensor, "padded inputs"]:
+    if not rows.is_cuda or len(rows) >= CUDA_ROWS:
+        return rows
+    return torch.cat([rows, rows.new_zeros(CUDA_ROWS - len(rows), rows.shape[1])])

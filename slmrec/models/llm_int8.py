@@ -1,7 +1,7 @@
 """LLM.int8 layers (arXiv:2208.07339) as bitsandbytes has them, which is loaded where a model needs it alone.
 
 Its weights are int8 by output channel; activations are too, by token, but for columns with an outlier, which compute in
-fp16. PyTorch runs it; for other backends the same integers become an `Int8Linear`.
+fp16. PyTorch runs it; for other backends the same integers become an `Int8WeightLinear`.
 """
 
 import logging
@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from slmrec.errors import ConfigError
-from slmrec.models.layers import Int8Linear
+from slmrec.models.layers import Int8WeightLinear
 
 THRESHOLD = 6.0
 """Activations of this magnitude make their column an outlier; LLM.int8's own."""
@@ -41,13 +41,10 @@ def llm_int8(linear: nn.Linear) -> nn.Module:
     return moved
 
 
-def as_int8_linear(layer: Any) -> Int8Linear:
-    """The same integers by the same scales, SCB / 127, in the layer that every backend has.
-
-    What it leaves out is the fp16 path of outlier columns.
-    """
+def dequantizing(layer: Any) -> Int8WeightLinear:
+    """The same integers by the same scales, SCB / 127, in a layer that every backend has."""
     state = layer.state_dict()
-    neutral = Int8Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    neutral = Int8WeightLinear(layer.in_features, layer.out_features, bias=layer.bias is not None)
     neutral.weight.copy_(state["weight"])
     neutral.scale.copy_(state["SCB"].float() / 127)
     if neutral.bias is not None:
