@@ -18,8 +18,9 @@ def tiny_model():
 
     def make(family="llama", num_layers=3, num_items=20, intermediate_size=64, **recipe):
         config = AutoConfig.for_model(
-            family, hidden_size=32, intermediate_size=intermediate_size, num_hidden_layers=num_layers, num_attention_heads=4,
-            num_key_value_heads=2, vocab_size=50, head_dim=8, initializer_range=0.2, max_position_embeddings=128,
+            family, hidden_size=32, intermediate_size=intermediate_size, num_hidden_layers=num_layers,
+            num_attention_heads=4, num_key_value_heads=2, vocab_size=50, head_dim=8, initializer_range=0.2,
+            max_position_embeddings=128,
         )  # fmt: skip
         settings = RecipeConfig(**{"supervision": "last", "dropout": 0.0} | recipe)
         torch.manual_seed(0)
