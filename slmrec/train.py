@@ -7,7 +7,7 @@ depend on the devices, up to rounding; dropout alone draws other numbers on each
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -212,9 +212,13 @@ class _Run:
         """Terms of a micro-batch; dropout is a function of the step and the share, not of the past."""
         share = process_index() * self.config.accumulate + micro
         torch.manual_seed(self.config.seed * 2_000_003 + self.progress.step + 1_000_003 * share)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+        with self._autocast():
             terms: dict[str, Tensor] = self.objective(batch)
         return terms
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        """The precision of training, in which validation between epochs runs as well."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
 
     def _log(self, record: dict[str, float]) -> None:
         self.pending.append(record)
@@ -225,7 +229,7 @@ class _Run:
             self.pending = []
 
     def _validate(self, epoch: int) -> None:
-        with usable(self.task.objective):
+        with usable(self.task.objective), self._autocast():
             metric = self.task.validate()  # by every process, in no more time than by one
         metric = on_main(lambda: metric)
         progress = self.progress
