@@ -115,6 +115,26 @@ def slmrec(entry: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def orthogonality(entry: dict[str, Any]) -> str:
+    """What 8 bits and a layer less change, and whether they change it differently for a student."""
+    rows = ["| data | model | fp32 | 8-bit | one layer less, healed | both |", "|---|---|---|---|---|---|"]
+    found = ["| data | student | compression | interaction, % (95 % interval) | verdict |", "|---|---|---|---|---|"]
+    for name, result in entry["result"]["datasets"].items():
+        by_model: dict[str, list[str]] = {}
+        for line in result["table"]:
+            change = "" if line["compression"] == "fp32" else f" ({100 * line['change']:+.1f} %)"
+            by_model.setdefault(line["model"], []).append(f"{line['ndcg@10']:.4f}{change}")
+        rows += [f"| {name} | {model} | " + " | ".join(cells) + " |" for model, cells in by_model.items()]
+        for one in result["interactions"]:
+            low, high = (100 * end for end in one["interval"])
+            needed = f" (about {one['users_to_decide']} users would decide)" if one["users_to_decide"] else ""
+            found.append(
+                f"| {name} | {one['student']} | {one['compression']} | {100 * one['estimate']:+.1f} "
+                f"({low:+.1f} to {high:+.1f}) | {one['verdict']}{needed} |"
+            )
+    return "\n".join([*rows, "", *found])
+
+
 def distill_speed(entry: dict[str, Any]) -> str:
     """What the feature store saves, and a shallow student's steps beside a deep teacher's."""
     result = entry["result"]
@@ -135,6 +155,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "data_speed": data_speed,
     "baselines": baselines,
     "slmrec": slmrec,
+    "slmrec_beauty": slmrec,
     "distill_speed": distill_speed,
 }
 RECORDED_AS = {"baselines": "baselines_ml_100k", "slmrec": "slmrec_ml_100k"}
