@@ -1,5 +1,6 @@
 """train-items: SASRec with full cross-entropy, the item table of a teacher and the bar it has to pass."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,6 +29,12 @@ def items_stage(config: SasrecConfig, data: Dataset) -> Stage:
     return Stage(name="train-items", kind="checkpoint", settings=settings_of(config), parents={"data": data.artifact})
 
 
+def _as_long_as_trained(config: SasrecConfig, samples: Samples) -> SasrecConfig:
+    """The settings, with a history no longer than any that is learned from: positions beyond would stay untrained."""
+    longest = min(config.window.max_history, int(samples.lengths.max()))
+    return replace(config, window=replace(config.window, max_history=longest))
+
+
 @one_run_at_a_time
 def train_items(
     data: Dataset, output: Path, config: SasrecConfig, *, device: str = "auto", force: bool = False
@@ -39,9 +46,9 @@ def train_items(
     there = on_main(lambda: existing(output, stage, force=force))
     if there is not None:
         return there, True
-    torch.manual_seed(config.train.seed)
-    model = Sasrec(config, data.num_items)
     samples = item_samples(config, data)
+    torch.manual_seed(config.train.seed)
+    model = Sasrec(_as_long_as_trained(config, samples), data.num_items)
     cases = validation_cases(data.sequences)
     task = Task(
         title="train-items",

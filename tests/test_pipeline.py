@@ -35,10 +35,11 @@ def runs(tmp_path_factory):
     """All stages as typed, one after the other."""
     runs = tmp_path_factory.mktemp("runs")
     call(runs, "data", write_log(runs / "log.txt"))
-    call(runs, "train-items", "--epochs", 12, "--batch-size", 32, "--learning-rate", "3e-3", "--dropout", 0.1)
+    call(runs, "train-items", "--epochs", 24, "--batch-size", 32, "--learning-rate", "3e-3", "--dropout", 0.1)
     backbone = write_backbone(runs / "backbone")
     teacher = ["--backbone", backbone, "--num-layers", 4, "--prompt", "none", "--dropout", 0, "--epochs", 16]
-    call(runs, "train-teacher", *teacher, "--warmup-steps", 10, *FAST)
+    trained = ["--max-history", 15]  # no longer than sequences that are learned from
+    call(runs, "train-teacher", *teacher, *trained, "--warmup-steps", 10, *FAST)
     call(runs, "distill", "--num-layers", 2, "--num-blocks", 2, "--epochs", 8, "--warmup-steps", 10, *FAST)
     call(runs, "quantize", "--bits", 8)
     call(runs, "export")

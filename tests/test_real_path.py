@@ -35,7 +35,7 @@ def call(runs: Path, *arguments: object) -> str:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = tmp_path_factory.mktemp("real")
     call(runs, "data", "ml-100k")
-    call(runs, "train-items", "--epochs", 2, "--max-events", 51, "--batch-size", 32, "--learning-rate", 2e-3)
+    call(runs, "train-items", "--epochs", 8, "--max-events", 51, "--batch-size", 32, "--learning-rate", 2e-3)
     call(runs, "train-teacher", "--num-layers", 4, "--prompt", "slmrec", "--supervision", "last", *WINDOW, *SHORT)
     call(runs, "distill", "--num-layers", 2, "--num-blocks", 2, *SHORT)
     call(runs, "quantize", "--bits", 8, "--accuracy-gate", 0.8)

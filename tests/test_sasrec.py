@@ -8,10 +8,13 @@ from torch.nn import functional as F
 
 from slmrec.artifact import Stage, open_artifact, publish
 from slmrec.catalogue import Catalogue
-from slmrec.config import SasrecConfig, TrainConfig
+from slmrec.config import DataConfig, SasrecConfig, TrainConfig
+from slmrec.dataset import load_dataset
 from slmrec.errors import ArtifactError
+from slmrec.interactions import prepare_dataset
 from slmrec.models.checkpoint import load_model, save_checkpoint
 from slmrec.models.sasrec import Sasrec
+from slmrec.train_items import train_items
 
 TRAIN = TrainConfig(epochs=1, batch_size=4, learning_rate=1e-3, precision="fp32")
 
@@ -73,3 +76,12 @@ def test_a_checkpoint_of_the_old_architecture_is_refused_not_misread(tmp_path):
         (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ArtifactError, match="before its norms and positions changed"):
         load_model(open_artifact(tmp_path / "old"))
+
+
+def test_histories_are_no_longer_than_those_it_was_trained_on(tmp_path):
+    rows = ["1 2 3 4 5 6 7", "2 3 4 5", "3 4 5 6 7 8"]
+    (tmp_path / "log.txt").write_text("".join(f"{user} {row}\n" for user, row in enumerate(rows)))
+    prepare_dataset([tmp_path / "log.txt"], tmp_path / "data", DataConfig())
+    made, _ = train_items(load_dataset(tmp_path / "data"), tmp_path / "items", SasrecConfig(train=TRAIN))
+    assert load_model(made).max_history == 4, "of 5 training events, the last is a target alone"
+    assert made.settings["window"]["max_history"] == 50, "what was asked for"
