@@ -134,7 +134,7 @@ def test_depths_go_in_turns_past_half():
     assert depths(5, 1) == [4, 3, 2, 1]
 
 
-@pytest.mark.parametrize("criterion", ["angular", "influence", "damage"])
+@pytest.mark.parametrize("criterion", ["angular", "influence"])
 @pytest.mark.parametrize("contiguous", [True, False])
 def test_the_layer_that_does_nothing_goes_first_and_the_last_never(runs, tmp_path, criterion, contiguous):
     config = replace(CONFIG, criterion=criterion, contiguous=contiguous)
@@ -147,6 +147,13 @@ def test_the_layer_that_does_nothing_goes_first_and_the_last_never(runs, tmp_pat
     assert 2 in two
     assert 4 not in two
     assert not contiguous or two in ([1, 2], [2, 3])
+
+
+def test_the_neighbours_whose_loss_costs_least_go_together(runs, tmp_path):
+    given = setting(runs, replace(CONFIG, contiguous=True), tmp_path / "out")
+    pairs = [(0, 1), (1, 2), (2, 3)]  # never the last of five
+    costs = damages(given.whole, given.cases, pairs, "cpu")
+    assert choose_layers(given, given.whole, 2) == list(pairs[int(np.argmin(costs))])
 
 
 def test_a_greedy_choice_is_the_best_single_layer_after_the_other(runs, tmp_path):
