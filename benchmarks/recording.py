@@ -13,6 +13,18 @@ from slmrec.machine import describe_machine
 RESULTS = Path(__file__).parent / "results"
 
 
+def _without_place(arguments: list[str]) -> list[str]:
+    """The arguments, but for the folder of one machine that intermediate results were kept in.
+
+    >>> _without_place(["--rounds", "8", "--runs", "somewhere"])
+    ['--rounds', '8']
+    """
+    if "--runs" not in arguments:
+        return arguments
+    place = arguments.index("--runs")
+    return [*arguments[:place], *arguments[place + 2 :]]
+
+
 def record(name: str, result: dict[str, Any]) -> Path:
     """Write a result with all it takes to repeat it."""
     commit = subprocess.run(
@@ -21,7 +33,7 @@ def record(name: str, result: dict[str, Any]) -> Path:
     entry = {
         "date": datetime.now(UTC).date().isoformat(),
         "commit": commit.stdout.strip(),
-        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *_without_place(sys.argv[1:])]),
         "machine": describe_machine(),
         "result": result,
     }

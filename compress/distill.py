@@ -14,7 +14,7 @@ from torch import nn
 from compress.features import Reader, StoreSpec, build_store, drop_store, live_reader
 from compress.objective import DistillObjective, OnlineObjective, with_teacher
 from compress.student import build_student, online_teacher_spec, require_distillable
-from slmrec.artifact import Artifact, Stage, existing, work_folder, write_json
+from slmrec.artifact import Artifact, Stage, existing, replace_json, work_folder
 from slmrec.catalogue import load_catalogue, require_same_catalogue
 from slmrec.compress_config import DistillConfig
 from slmrec.config import WindowConfig, settings_of
@@ -112,10 +112,8 @@ def drop_shelves(shelves: Sequence[Path], *, keep_last: bool = False) -> None:
 
 
 def _note_shelf(output: Path, name: str) -> None:
-    path = work_folder(output) / SHELVES_FILE
-    partial = path.with_suffix(".partial")
-    write_json(partial, [*(shelf.name for shelf in begun_shelves(output) if shelf.name != name), name])
-    partial.rename(path)
+    others = [shelf.name for shelf in begun_shelves(output) if shelf.name != name]
+    replace_json(work_folder(output) / SHELVES_FILE, [*others, name])
 
 
 def distill_stage(teacher: Artifact, data: Dataset, config: DistillConfig) -> Stage:

@@ -7,14 +7,13 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from compress.blocks import block_ends, state_index
-from slmrec.artifact import canonical_hash
+from slmrec.artifact import canonical_hash, replace_json
 from slmrec.errors import ConfigError
 from slmrec.models.decoder import DecoderModel
 from slmrec.models.ranking import top_k
@@ -120,7 +119,7 @@ def build_store(teacher: DecoderModel, samples: Samples, spec: StoreSpec, folder
     if done == len(batches):
         return store
     if not done:
-        _note(folder / NOTE_FILE, {"key": key, "batches": 0})
+        replace_json(folder / NOTE_FILE, {"key": key, "batches": 0})
         _reserve(store)
     columns = {name: store.column(name, "r+") for name in spec.columns()}
     with progress_bar("features", len(batches), done=done) as bar:
@@ -129,7 +128,7 @@ def build_store(teacher: DecoderModel, samples: Samples, spec: StoreSpec, folder
             if (number + 1) % SAVE_EVERY_BATCHES == 0 or number + 1 == len(batches):
                 for column in columns.values():
                     column.flush()
-                _note(folder / NOTE_FILE, {"key": key, "batches": number + 1})
+                replace_json(folder / NOTE_FILE, {"key": key, "batches": number + 1})
             bar(1)
     return store
 
@@ -141,7 +140,7 @@ def drop_store(folder: Path, *, keep: bool) -> None:
         return
     recorded = json.loads(note.read_text(encoding="utf-8"))
     if keep:
-        _note(note, recorded | {"keep": True})
+        replace_json(note, recorded | {"keep": True})
     elif not recorded.get("keep"):
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -199,12 +198,6 @@ def _batches_done(store: FeatureStore, key: str) -> int:
         return 0
     recorded = json.loads(note.read_text(encoding="utf-8"))
     return int(recorded["batches"]) if recorded["key"] == key else 0
-
-
-def _note(note: Path, content: Mapping[str, Any]) -> None:
-    partial = note.with_suffix(".partial")
-    partial.write_text(json.dumps(content), encoding="utf-8")
-    partial.rename(note)
 
 
 def _reserve(store: FeatureStore) -> None:

@@ -15,11 +15,10 @@ from torch import Tensor
 from compress.calibrate import some_cases
 from compress.int8 import load_full_precision
 from compress.plots import heatmap
-from slmrec.artifact import Artifact, Stage, is_up_to_date, open_artifact, publish, write_json
-from slmrec.catalogue import load_catalogue, require_same_catalogue
+from slmrec.artifact import Artifact, is_up_to_date, open_artifact, publish, write_json
 from slmrec.compress_config import ImportanceConfig
 from slmrec.config import settings_of
-from slmrec.dataset import Dataset
+from slmrec.dataset import Dataset, stage_on
 from slmrec.errors import ConfigError
 from slmrec.evaluate import validation_ndcg
 from slmrec.locks import one_run_at_a_time
@@ -51,11 +50,7 @@ def write_importance(
     parent: Artifact, data: Dataset, output: Path, config: ImportanceConfig, *, device: str, force: bool = False
 ) -> tuple[Artifact, bool]:
     """Measure every layer and every stretch of layers; gives the artefact and whether it was there."""
-    require_same_catalogue(
-        load_catalogue(parent.path), data.items, model_name=str(parent.path), data_name=str(data.artifact.path)
-    )
-    parents = {"model": parent, "data": data.artifact}
-    stage = Stage(name="importance", kind="analysis", settings=settings_of(config), parents=parents)
+    stage = stage_on(data, parent, "importance", "analysis", settings_of(config))
     if is_up_to_date(output, stage, force=force):
         return open_artifact(output), True
     model = load_full_precision(parent).eval()

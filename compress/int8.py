@@ -44,9 +44,7 @@ def load_full_precision(parent: Artifact) -> DecoderModel:
     """The decoder of a checkpoint that is not quantized yet."""
     model = load_decoder(parent)
     if quantized_layers(model):
-        raise ConfigError(
-            f"{parent.path} is an 8-bit checkpoint already", remedy="its fp32 parent (-m/--model)"
-        )  # fmt: skip
+        raise ConfigError(f"{parent.path} is an 8-bit checkpoint already", remedy="its fp32 parent (-m/--model)")
     return model
 
 

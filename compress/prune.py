@@ -16,11 +16,10 @@ from compress.distill import Pair, begun_shelves, drop_shelves, followed
 from compress.importance import damages, keep_layers, user_vector_changes
 from compress.student import require_distillable
 from compress.width import cut_width, require_narrower
-from slmrec.artifact import Artifact, Stage, is_up_to_date, open_artifact, publish, work_folder, write_json
-from slmrec.catalogue import load_catalogue, require_same_catalogue
+from slmrec.artifact import Artifact, is_up_to_date, open_artifact, publish, replace_json, work_folder, write_json
 from slmrec.compress_config import DistillConfig, PruneConfig
 from slmrec.config import settings_of
-from slmrec.dataset import Dataset
+from slmrec.dataset import Dataset, stage_on
 from slmrec.errors import ConfigError
 from slmrec.locks import one_run_at_a_time
 from slmrec.models.checkpoint import load_decoder, quantized_layers, save_checkpoint
@@ -77,11 +76,7 @@ def prune(
     Past half the depth it goes in turns of a third at most, each healed before the next. A killed run goes on with
     the turn, and within its healing with the step, that it was at.
     """
-    require_same_catalogue(
-        load_catalogue(parent.path), data.items, model_name=str(parent.path), data_name=str(data.artifact.path)
-    )
-    parents = {"model": parent, "data": data.artifact}
-    stage = Stage(name="prune", kind="checkpoint", settings=settings_of(config), parents=parents)
+    stage = stage_on(data, parent, "prune", "checkpoint", settings_of(config))
     if is_up_to_date(output, stage, force=force):
         return open_artifact(output), True
     whole = load_decoder(parent).eval()
@@ -237,9 +232,7 @@ def _chosen(setting: Setting, model: DecoderModel, count: int, key: str) -> Sequ
             layers: list[int] = noted["layers"]
             return layers
     chosen = choose_layers(setting, model, count)
-    partial = path.with_suffix(".partial")
-    write_json(partial, {"key": key, "layers": chosen})
-    partial.rename(path)
+    replace_json(path, {"key": key, "layers": chosen})
     return chosen
 
 

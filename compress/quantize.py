@@ -10,11 +10,10 @@ import numpy as np
 from compress.calibrate import some_cases
 from compress.int8 import decoder_linears, load_full_precision, prepare, quantize_model, require_matches
 from compress.sensitivity import accuracy_of, sensitivity
-from slmrec.artifact import Artifact, Stage, is_up_to_date, open_artifact, publish, write_json
-from slmrec.catalogue import load_catalogue, require_same_catalogue
+from slmrec.artifact import Artifact, is_up_to_date, open_artifact, publish, write_json
 from slmrec.compress_config import QuantizeConfig
 from slmrec.config import settings_of
-from slmrec.dataset import Dataset
+from slmrec.dataset import Dataset, stage_on
 from slmrec.errors import CheckError
 from slmrec.evaluate import Accuracy
 from slmrec.locks import one_run_at_a_time
@@ -77,14 +76,10 @@ def quantize(
     Raises:
         CheckError: the 8-bit model ranks worse than the gate allows; the most sensitive layers are named.
     """
-    require_same_catalogue(
-        load_catalogue(parent.path), data.items, model_name=str(parent.path), data_name=str(data.artifact.path)
-    )
     settings = settings_of(config)
     if config.backend != "neutral":
         del settings["calibration"]
-    parents = {"model": parent, "data": data.artifact}
-    stage = Stage(name="quantize", kind="checkpoint", settings=settings, parents=parents)
+    stage = stage_on(data, parent, "quantize", "checkpoint", settings)
     if is_up_to_date(output, stage, force=force):
         return open_artifact(output), True
     model = load_full_precision(parent)

@@ -11,11 +11,10 @@ from torch import nn
 from compress.calibrate import some_cases
 from compress.int8 import decoder_linears, load_full_precision, prepare, quantize_model
 from compress.plots import bars
-from slmrec.artifact import Artifact, Stage, is_up_to_date, open_artifact, publish, write_json
-from slmrec.catalogue import load_catalogue, require_same_catalogue
+from slmrec.artifact import Artifact, is_up_to_date, open_artifact, publish, write_json
 from slmrec.compress_config import SensitivityConfig
 from slmrec.config import settings_of
-from slmrec.dataset import Dataset
+from slmrec.dataset import Dataset, stage_on
 from slmrec.evaluate import VALIDATION_PROTOCOL, Accuracy, evaluate
 from slmrec.locks import one_run_at_a_time
 from slmrec.metrics import overlap
@@ -44,11 +43,7 @@ def write_sensitivity(
     parent: Artifact, data: Dataset, output: Path, config: SensitivityConfig, *, device: str, force: bool = False
 ) -> tuple[Artifact, bool]:
     """Measure every layer of a checkpoint and write table and plot; gives the artefact and whether it was there."""
-    require_same_catalogue(
-        load_catalogue(parent.path), data.items, model_name=str(parent.path), data_name=str(data.artifact.path)
-    )
-    parents = {"model": parent, "data": data.artifact}
-    stage = Stage(name="sensitivity", kind="analysis", settings=settings_of(config), parents=parents)
+    stage = stage_on(data, parent, "sensitivity", "analysis", settings_of(config))
     if is_up_to_date(output, stage, force=force):
         return open_artifact(output), True
     cases = validation_cases(data.sequences)

@@ -63,9 +63,7 @@ def migrate(model: DecoderModel, statistics: Mapping[str, Statistics]) -> tuple[
         best = min(errors, key=lambda strength: errors[strength])
         if best:
             _apply(migrated, group, candidates[best], copies)
-        chosen.append(
-            Migration(group=group.name, strength=best, error_before=errors[0.0], error_after=errors[best])
-        )  # fmt: skip
+        chosen.append(Migration(group=group.name, strength=best, error_before=errors[0.0], error_after=errors[best]))
     return migrated, chosen
 
 

@@ -14,10 +14,9 @@ import torch
 from export.graph import ServingGraph
 from export.parity import PARITY_FILE, check_parity
 from export.runtime import GRAPH_FILE, SIGNATURE_FILE, OnnxRecommender
-from slmrec.artifact import Artifact, Stage, is_up_to_date, open_artifact, publish, write_json
-from slmrec.catalogue import load_catalogue, require_same_catalogue
+from slmrec.artifact import Artifact, is_up_to_date, open_artifact, publish, write_json
 from slmrec.config import ExportConfig, settings_of
-from slmrec.dataset import Dataset
+from slmrec.dataset import Dataset, stage_on
 from slmrec.locks import one_run_at_a_time
 from slmrec.models.checkpoint import load_decoder, with_neutral_layers
 from slmrec.models.decoder import DecoderModel
@@ -38,11 +37,7 @@ def export_checkpoint(
     Raises:
         CheckError: the graph does not answer as the checkpoint does; nothing is written.
     """
-    require_same_catalogue(
-        load_catalogue(checkpoint.path), data.items, model_name=str(checkpoint.path), data_name=str(data.artifact.path)
-    )
-    parents = {"model": checkpoint, "data": data.artifact}
-    stage = Stage(name="export", kind="graph", settings=settings_of(config), parents=parents)
+    stage = stage_on(data, checkpoint, "export", "graph", settings_of(config))
     if is_up_to_date(output, stage, force=force):
         return open_artifact(output), True
     model = with_neutral_layers(load_decoder(checkpoint)).eval()

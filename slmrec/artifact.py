@@ -250,6 +250,13 @@ def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
 
 
+def replace_json(path: Path, value: object) -> None:
+    """As `write_json`, beside its place and renamed: a killed run leaves the old file or the new."""
+    partial = path.with_suffix(".partial")
+    write_json(partial, value)
+    partial.rename(path)
+
+
 def library_versions() -> dict[str, str]:
     """Versions of the libraries whose change may change a result."""
     versions = {"python": platform.python_version()}

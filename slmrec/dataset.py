@@ -8,8 +8,8 @@ from typing import Any
 
 import polars as pl
 
-from slmrec.artifact import Artifact, open_artifact
-from slmrec.catalogue import Catalogue, load_catalogue
+from slmrec.artifact import Artifact, Stage, open_artifact
+from slmrec.catalogue import Catalogue, load_catalogue, require_same_catalogue
 from slmrec.ragged import Ragged
 
 INTERACTIONS_FILE = "interactions.parquet"
@@ -37,6 +37,18 @@ class Dataset:
     def hash(self) -> str:
         """Hash of the dataset artefact."""
         return self.artifact.hash
+
+
+def stage_on(data: Dataset, model: Artifact, name: str, kind: str, settings: Mapping[str, Any]) -> Stage:
+    """A run that makes something of a model and its dataset.
+
+    Raises:
+        ArtifactError: the two have different catalogues.
+    """
+    require_same_catalogue(
+        load_catalogue(model.path), data.items, model_name=str(model.path), data_name=str(data.artifact.path)
+    )
+    return Stage(name=name, kind=kind, settings=settings, parents={"model": model, "data": data.artifact})
 
 
 def load_dataset(path: Path) -> Dataset:

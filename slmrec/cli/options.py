@@ -37,6 +37,20 @@ def common_options(command: Command) -> Command:
     return command
 
 
+def decoder_training_options(command: Command) -> Command:
+    """Batch, rates, warm-up and precision, of every command that trains a decoder."""
+    for option in (
+        click.option("--precision", type=click.Choice(["auto", "bf16", "fp32"]), default="auto", show_default=True),
+        click.option("--warmup-steps", default=20, show_default=True),
+        click.option("--item-learning-rate", default=1e-3, show_default=True,
+                     help="Peak rate of item table, maps and head."),
+        click.option("--learning-rate", default=3e-4, show_default=True, help="Peak rate of the decoder."),
+        click.option("--batch-size", default=16, show_default=True, help="Sequences in a step."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
 def device_memory_options(command: Command) -> Command:
     """--accumulate and --checkpoint-gradients: the same step in less memory."""
     for option in (

@@ -11,6 +11,7 @@ from slmrec.cli.options import (
     Command,
     common_options,
     data_option,
+    decoder_training_options,
     model_option,
     output_option,
     print_result,
@@ -83,11 +84,7 @@ def _warn_of_few(config: CalibrationConfig, data: "Dataset") -> None:
 @click.option("--num-heads", type=int, help="Query heads that remain in a layer.")
 @click.option("--heal-epochs", default=1, show_default=True, help="Epochs of distillation from the unpruned model.")
 @click.option("--max-users", default=2000, show_default=True, help="Validation users that layers are judged by.")
-@click.option("--batch-size", default=16, show_default=True, help="Sequences in a step of the healing.")
-@click.option("--learning-rate", default=3e-4, show_default=True, help="Peak rate of the decoder.")
-@click.option("--item-learning-rate", default=1e-3, show_default=True, help="Peak rate of item table, maps and head.")
-@click.option("--warmup-steps", default=20, show_default=True)
-@click.option("--precision", type=click.Choice(["auto", "bf16", "fp32"]), default="auto", show_default=True)
+@decoder_training_options
 @model_option
 @data_option
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Output folder  [default: <model>-pruned]")

@@ -9,6 +9,7 @@ from slmrec.cli.loading import choose, resolve_output
 from slmrec.cli.options import (
     common_options,
     data_option,
+    decoder_training_options,
     device_memory_options,
     dry_run_option,
     model_option,
@@ -106,11 +107,7 @@ def train_items(
 )
 @click.option("--epochs", default=3, show_default=True)
 @click.option("--patience", type=int, help="Epochs without a better validation NDCG@10  [default: train all epochs]")
-@click.option("--batch-size", default=16, show_default=True, help="Sequences in a step.")
-@click.option("--learning-rate", default=3e-4, show_default=True, help="Peak rate of the decoder.")
-@click.option("--item-learning-rate", default=1e-3, show_default=True, help="Peak rate of item table, maps and head.")
-@click.option("--warmup-steps", default=20, show_default=True)
-@click.option("--precision", type=click.Choice(["auto", "bf16", "fp32"]), default="auto", show_default=True)
+@decoder_training_options
 @device_memory_options
 @click.option("--save-every-steps", default=50, show_default=True, help="Steps between resumable states.")
 @model_option
