@@ -1,31 +1,22 @@
 """export: a decoder checkpoint becomes an ONNX graph, and is not written unless it answers as the checkpoint does."""
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import onnx
-import torch
-
-from export.graph import ServingGraph
+from export.graph import recommend_graph
 from export.parity import PARITY_FILE, check_parity
 from export.runtime import GRAPH_FILE, SIGNATURE_FILE, OnnxRecommender
+from export.weights import ServingWeights, serving_weights
 from slmrec.artifact import Artifact, is_up_to_date, open_artifact, publish, write_json
 from slmrec.config import ExportConfig, settings_of
 from slmrec.dataset import Dataset, stage_on
 from slmrec.locks import one_run_at_a_time
 from slmrec.models.checkpoint import load_decoder, with_neutral_layers
 from slmrec.models.decoder import DecoderModel
-from slmrec.models.layers import Int8Linear, Int8WeightLinear
 from slmrec.models.ranking import TorchRecommender
 
 BUCKET_STEP = 8
 """Histories are padded to the next multiple of this, or to the window."""
-INPUTS, OUTPUTS = ["item_ids", "exclude_ids"], ["top_items", "top_scores"]
 
 
 @one_run_at_a_time
@@ -52,32 +43,15 @@ def export_checkpoint(
 
 def export_model(model: DecoderModel, folder: Path, config: ExportConfig) -> None:
     """Write `model.onnx`, `model.onnx.data` and `signature.json`."""
-    graph = ServingGraph(model, config).eval()
-    # sizes that differ from each other and from 0 and 1, so that no two are taken for one, or for a constant
-    example = (torch.ones(3, 7, dtype=torch.int64), torch.ones(3, 5, dtype=torch.int64))
-    free = torch.export.Dim.DYNAMIC
-    with _quietly():
-        program = torch.onnx.export(
-            graph,
-            example,
-            dynamo=True,
-            opset_version=config.opset,
-            input_names=INPUTS,
-            output_names=OUTPUTS,
-            dynamic_shapes=({0: free, 1: free}, {0: free, 1: free}),
-            custom_translation_table={
-                torch.ops.slmcompress.matmul_int8.default: _matmul_int8,
-                torch.ops.slmcompress.dequantize.default: _dequantize,
-            },
-        )
-    assert program is not None
-    _write_graph(program.model_proto, folder, signature(model, graph, config))
+    weights = serving_weights(model, fold_items=config.fold_items)
+    recommend_graph(weights, config).save(folder / GRAPH_FILE)
+    write_json(folder / SIGNATURE_FILE, signature(weights, config))
 
 
-def signature(model: DecoderModel, graph: ServingGraph, config: ExportConfig) -> dict[str, Any]:
+def signature(weights: ServingWeights, config: ExportConfig) -> dict[str, Any]:
     """What a caller has to know of the graph, and all that the runtime reads besides it."""
-    window, layout = model.max_history, graph.layout
-    ids, lists = {"dtype": "int64"}, ["batch", "k"]
+    layout = weights.layout
+    window, ids, lists = layout.max_history, {"dtype": "int64"}, ["batch", "k"]
     return {
         "signature": "recommend",
         "inputs": {
@@ -85,8 +59,8 @@ def signature(model: DecoderModel, graph: ServingGraph, config: ExportConfig) ->
             "exclude_ids": ids | {"shape": ["batch", "excluded"], "meaning": "never returned, padded with 0"},
         },
         "outputs": {"top_items": ids | {"shape": lists}, "top_scores": {"dtype": "float32", "shape": lists}},
-        "top_k": graph.top_k,
-        "num_items": model.num_items,
+        "top_k": min(config.top_k or 100, weights.num_items),
+        "num_items": weights.num_items,
         "max_history": window,
         "buckets": sorted({*range(BUCKET_STEP, window, BUCKET_STEP), window}),
         "positions": layout.positions,
@@ -95,54 +69,6 @@ def signature(model: DecoderModel, graph: ServingGraph, config: ExportConfig) ->
         "keep_history": config.keep_history,
         "ties": "smaller id first",
         "opset": config.opset,
-        "precision": "int8" if _count(model, Int8Linear) else "fp32",
-        "num_8bit_layers": _count(model, Int8Linear) + _count(model, Int8WeightLinear),
+        "precision": "int8" if weights.rounds_inputs else "fp32",
+        "num_8bit_layers": weights.num_8bit_layers,
     }
-
-
-def _count(model: DecoderModel, kind: type) -> int:
-    return sum(isinstance(module, kind) for module in model.modules())
-
-
-def _write_graph(model: onnx.ModelProto, folder: Path, described: dict[str, Any]) -> None:
-    try:
-        onnx.save_model(
-            model, folder / GRAPH_FILE, save_as_external_data=True, location=f"{GRAPH_FILE}.data", size_threshold=1024
-        )
-    except OSError as error:
-        error.filename = error.filename or str(folder / GRAPH_FILE)  # a full disk is told without its file
-        raise
-    write_json(folder / SIGNATURE_FILE, described)
-
-
-def _matmul_int8(inputs: Any, weight: Any) -> Any:
-    """How the exporter writes `matmul_int8`: uint8 inputs with zero point 128, which processors multiply fastest."""
-    from onnxscript import opset20 as op
-
-    zero_point = op.Cast(op.Constant(value_int=128), to=onnx.TensorProto.UINT8)
-    return op.MatMulInteger(inputs, weight, zero_point)
-
-
-def _dequantize(weight: Any, scale: Any) -> Any:
-    """How the exporter writes `dequantize`.
-
-    As a cast and a product, which ONNX Runtime does once, when it loads. DequantizeLinear means the same, but with a
-    product behind it ONNX Runtime makes MatMulNBits of the two, whose default rounds activations to 8 bits.
-    """
-    from onnxscript import opset20 as op
-
-    return op.Mul(op.Cast(weight, to=onnx.TensorProto.FLOAT), scale)
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """The exporter prints its steps, and warns of its own use of deprecated functions."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

@@ -234,6 +234,18 @@ class ExportConfig:
     keep_history: bool = False
     """Allow items of the history to be recommended again (repeat consumption)."""
     opset: int = 20
+    fold_prefix: bool = True
+    """The instruction's keys and values are constants; else its tokens are computed with every request."""
+    newest_only: bool = True
+    """The last layer runs for the newest token alone; keys and values aside."""
+    fold_items: bool = True
+    """Item vectors are multiplied by their projection at export, not with every request."""
+    join_projections: bool = True
+    """Queries, keys and values are one product where their weights are of one kind."""
+    fuse_kernels: bool = True
+    """ONNX Runtime's own operations for norms, rotations and 8-bit products; else standard ONNX alone."""
+    block_max: bool = True
+    """The best items are looked for in the blocks of items with the largest maxima."""
 
     def __post_init__(self) -> None:
         require(

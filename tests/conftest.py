@@ -16,11 +16,14 @@ def tiny_model():
     from slmrec.config import RecipeConfig
     from slmrec.models.decoder import DecoderModel, DecoderSpec, decoder_settings
 
-    def make(family="llama", num_layers=3, num_items=20, intermediate_size=64, **recipe):
+    def make(family="llama", num_layers=3, num_items=20, intermediate_size=64, sliding_window=None, **recipe):
+        sliding = {} if sliding_window is None else {"sliding_window": sliding_window}
+        if sliding and family.startswith("qwen"):
+            sliding |= {"use_sliding_window": True, "max_window_layers": 1}  # the first layer sees all
         config = AutoConfig.for_model(
             family, hidden_size=32, intermediate_size=intermediate_size, num_hidden_layers=num_layers,
             num_attention_heads=4, num_key_value_heads=2, vocab_size=50, head_dim=8, initializer_range=0.2,
-            max_position_embeddings=128,
+            max_position_embeddings=128, **sliding,
         )  # fmt: skip
         settings = RecipeConfig(**{"supervision": "last", "dropout": 0.0} | recipe)
         torch.manual_seed(0)

@@ -3,16 +3,18 @@
 import errno
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress.int8 import quantize_model
-from export.graph import block_max_top_k, causal_mask
 from export.onnx_export import export_model
 from export.parity import ParityRule, compare, score_gaps
 from export.runtime import OnnxRecommender
+from export.top_k import top_k as graph_top_k
+from export.writer import GraphWriter
 from slmrec.config import ExportConfig
 from slmrec.models.ranking import TorchRecommender, top_k
 from slmrec.ragged import Ragged
@@ -61,7 +63,7 @@ def test_a_full_disk_is_told_with_the_file_that_found_no_room(tiny_model, tmp_pa
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("onnx.save_model", full)
+    monkeypatch.setattr("export.writer.onnx.save_model", full)
     with pytest.raises(OSError, match="No space") as caught:
         export_model(tiny_model(num_layers=1, prompt="none").eval(), tmp_path, ExportConfig())
     assert caught.value.filename == str(tmp_path / "model.onnx")
@@ -116,8 +118,8 @@ def test_8_bit_weights_are_stored_in_8_bits(tiny_model, tmp_path):
     export_model(quantize_model(tiny_model(prompt="none")).eval(), tmp_path, ExportConfig())
     model = onnx.load(tmp_path / "model.onnx")
     kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
-    products = [node for node in model.graph.node if node.op_type == "MatMulInteger"]
-    assert len(products) == 4 * 2 + 5  # fused projections; the last layer asks apart
+    products = [node for node in model.graph.node if node.op_type == "MatMulIntegerToFloat"]
+    assert len(products) == 5 * 2 + 6  # queries, keys and values are one; in the last layer queries are apart
     assert all(kinds[node.input[1]] == onnx.TensorProto.INT8 for node in products)
     assert all(opset.version == 20 for opset in model.opset_import if opset.domain == "")
 
@@ -136,14 +138,17 @@ def test_nan_weights_give_nan_scores_and_no_list(tiny_model, tmp_path):
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 2000), st.integers(1, 40), st.integers(0, 2**31), st.integers(1, 6))
-def test_block_max_top_k_equals_a_sort(columns, k, seed, levels):
+def test_block_max_top_k_equals_a_sort_ties_included(columns, k, seed, levels):
     k = min(k, columns)
-    generator = torch.Generator().manual_seed(seed)
-    scores = torch.randint(0, 10**levels, (3, columns), generator=generator).float()
-    best, items = block_max_top_k(scores, k)
-    assert torch.equal(best, scores.sort(dim=1, descending=True).values[:, :k])
-    assert torch.equal(scores.gather(1, items), best)
-    assert all(len(set(row.tolist())) == k for row in items)
+    scores = np.random.default_rng(seed).integers(0, 10**levels, (3, columns)).astype(np.float32)
+    graph = GraphWriter(opset=20)
+    best, items = graph_top_k(graph, graph.input("scores", "float32", ["batch", columns]), columns, k)
+    graph.output(best, "best", "float32", ["batch", k])
+    graph.output(items, "items", "int64", ["batch", k])
+    best, items = ort.InferenceSession(graph.model().SerializeToString()).run(None, {"scores": scores})
+    expected = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    assert items.tolist() == expected.tolist()
+    assert (best == np.take_along_axis(scores, expected, axis=1)).all()
 
 
 @settings(max_examples=60, deadline=None)
@@ -171,11 +176,3 @@ def test_ties_in_a_large_catalogue_go_to_the_smaller_id_in_the_graph(tiny_model,
         unseen = [item for item in range(1, 5001) if (item - 1) % 5 == residue and item not in seen]
         assert actual.item_ids[row].tolist() == unseen[:30]
     assert (score_gaps(expected.scores, actual.scores) <= 2e-5).all()
-
-
-def test_a_sliding_window_counts_real_tokens():
-    queries = keys = torch.tensor([[-1, -1, 0, 1, 2, 3]])
-    valid = torch.tensor([[False, False, True, True, True, True]])
-    allowed = causal_mask(queries, keys, valid, 2)[0, 0]
-    assert allowed[5].tolist() == [False, False, False, False, True, True]
-    assert causal_mask(queries, keys, valid, None)[0, 0, 5].tolist() == [False, False, True, True, True, True]

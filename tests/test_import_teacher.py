@@ -25,7 +25,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaModel
 
 from compress.distill import build_student
-from export.graph import ServingGraph
+from export.onnx_export import export_model
+from export.runtime import OnnxRecommender
 from slmrec.artifact import open_artifact
 from slmrec.compress_config import DistillConfig
 from slmrec.config import ExportConfig, TrainConfig
@@ -259,21 +260,20 @@ def test_the_same_import_is_up_to_date_and_another_file_or_backbone_is_not(from_
 def test_the_serving_graph_scores_as_the_model_masked_items_included(from_zero, backbone, slmrec, tmp_path, flags):
     folder = write_trainer(tmp_path / "in", slmrec.state_dict())
     model, _ = import_as(from_zero, tmp_path / "out", folder, backbone, *flags)
-    graph = ServingGraph(model, ExportConfig()).eval()
+    export_model(model.eval(), tmp_path, ExportConfig())
+    graph = OnnxRecommender(tmp_path)
     masked = model.spec.masked_ids[0]
     other = [item for item in range(1, NUM_ITEMS + 1) if item != masked]
     rows = [[masked], [masked] * 3, [*other[:2], masked], [masked, *other[:2]], [other[3], masked, other[5]], other[:5]]
     users = Histories.of(Ragged.from_rows(rows))
     expected = TorchRecommender(model, "cpu").recommend(users, NUM_ITEMS)
-    with torch.inference_mode():
-        for row, history in enumerate(rows):
-            padded = torch.tensor([[0] * (8 - len(history)) + history])
-            found, scores = graph(padded, torch.zeros(1, 0, dtype=torch.int64))
-            assert torch.isfinite(scores[0][found[0] != 0]).all()
-            assert masked not in found[0] or masked not in history
-            scale = np.abs(expected.scores[row][np.isfinite(expected.scores[row])]).max()
-            real = expected.item_ids[row] != 0
-            np.testing.assert_allclose(scores[0].numpy()[real], expected.scores[row][real], rtol=0, atol=2e-5 * scale)
+    for row, history in enumerate(rows):
+        found, scores = graph.run(np.array([[0] * (8 - len(history)) + history]), np.zeros((1, 0), dtype=np.int64))
+        assert np.isfinite(scores[0][found[0] != 0]).all()
+        assert masked not in found[0] or masked not in history
+        scale = np.abs(expected.scores[row][np.isfinite(expected.scores[row])]).max()
+        real = expected.item_ids[row] != 0
+        np.testing.assert_allclose(scores[0][real], expected.scores[row][real], rtol=0, atol=2e-5 * scale)
 
 
 def test_masked_items_change_nothing_where_real_tokens_are_counted(from_zero, backbone, slmrec, tmp_path):

@@ -20,6 +20,12 @@ RECOMMENDS = ("checkpoint", "graph", "bundle")
 @click.option("--top-k", type=int, help="Items the graph returns  [default: min(100, items)]")
 @click.option("--keep-history", is_flag=True, help="Allow items of the history again (repeat consumption).")
 @click.option("--opset", default=20, show_default=True, help="ONNX operator set.")
+@click.option("--fold-prefix/--no-fold-prefix", default=True, help="The instruction's keys and values are constants.")
+@click.option("--newest-only/--no-newest-only", default=True, help="The last layer runs for the newest token alone.")
+@click.option("--fold-items/--no-fold-items", default=True, help="Item vectors are projected at export.")
+@click.option("--join-projections/--no-join-projections", default=True, help="Queries, keys, values in one product.")
+@click.option("--fuse-kernels/--no-fuse-kernels", default=True, help="ONNX Runtime's own operations; else ONNX alone.")
+@click.option("--block-max/--no-block-max", default=True, help="Top items by way of the maxima of blocks.")
 @click.option("--trt", is_flag=True, help="A TensorRT engine beside the graph (not in this version).")
 @model_option
 @data_option

@@ -47,7 +47,7 @@ def _line(finding: Finding) -> str:
 
 def _required() -> list[Finding]:
     found = []
-    for name in ("slmcompress", "torch", "transformers", "accelerate", "peft", "onnx", "onnxscript", "polars"):
+    for name in ("slmcompress", "torch", "transformers", "accelerate", "peft", "onnx", "polars"):
         version = _version(name)
         found.append(
             Finding(name, version or "not installed", version is not None, "" if version else f"pip install {name}")
