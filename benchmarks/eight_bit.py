@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from graphs import as_graph
 from recording import record
 
 from compress.int8 import prepare, quantize_model
@@ -43,6 +44,12 @@ def asked(recommender: Recommender, data: Dataset) -> list[Accuracy]:
     """Accuracy on validation and test."""
     splits = ((validation_cases, VALIDATION_PROTOCOL), (test_cases, TEST_PROTOCOL))
     return [evaluate(recommender, cases(data.sequences), protocol=protocol) for cases, protocol in splits]
+
+
+def shipped(model: DecoderModel, data: Dataset) -> list[Accuracy]:
+    """The same of the model's graph."""
+    with as_graph(model) as graph:
+        return asked(graph, data)
 
 
 def against(after: list[Accuracy], before: list[Accuracy]) -> dict[str, Any]:
@@ -132,23 +139,21 @@ def speed(paths: dict[str, Path], histories: Histories, rounds: int) -> dict[str
     return found
 
 
-def measure(path: Path, data: Dataset, rounds: int) -> dict[str, Any]:
-    """All of it for one model."""
+def measure(path: Path, data: Dataset, rounds: int, *, with_llm_int8: bool) -> dict[str, Any]:
+    """All of it for one model; accuracy by graphs, that of LLM.int8 by PyTorch, which alone computes so."""
     model = load_decoder(open_artifact(path)).eval()
     cases = validation_cases(data.sequences)
-    before = asked(TorchRecommender(model, "cpu"), data)
+    before = shipped(model, data)
     prepared = prepare(model, cases, CalibrationConfig())
     eight = quantize_model(prepared.model)
-    ways = {
-        "per token, migrated": eight,
-        "per token": quantize_model(model),
-        "LLM.int8": quantize_model(model, (), llm_int8),
-    }
+    after = {"per token, migrated": shipped(eight, data), "per token": shipped(quantize_model(model), data)}
+    if with_llm_int8:
+        after["LLM.int8"] = asked(TorchRecommender(quantize_model(model, (), llm_int8), "cpu"), data)
     found: dict[str, Any] = {
         "fp32": {
             name: one.metrics["ndcg@10"].estimate for name, one in zip(("validation", "test"), before, strict=True)
         },
-        "accuracy": {name: against(asked(TorchRecommender(way, "cpu"), data), before) for name, way in ways.items()},
+        "accuracy": {name: against(found, before) for name, found in after.items()},
         "migrated_groups": sum(one.strength > 0 for one in prepared.migrations),
         "groups": len(prepared.migrations),
         "decoder_bytes_of_fp32": decoder_bytes(eight) / decoder_bytes(model),
@@ -175,11 +180,12 @@ def main() -> None:
     parser.add_argument("runs", type=Path)
     parser.add_argument("--models", default="teacher,SLMRec")
     parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--llm-int8", action=argparse.BooleanOptionalAction, default=True, help="slow on a CPU")
     arguments = parser.parse_args()
     data = load_dataset(arguments.runs / "data")
     name = arguments.runs.name.removeprefix("table-")
     result = {
-        model: measure(arguments.runs / "seed-0" / model, data, arguments.rounds)
+        model: measure(arguments.runs / "seed-0" / model, data, arguments.rounds, with_llm_int8=arguments.llm_int8)
         for model in arguments.models.split(",")
     }
     record(f"eight_bit_{name.replace('-', '_')}", result)

@@ -17,6 +17,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from cells import cell
+from graphs import as_graph
 from recording import RESULTS, record
 
 from compress.int8 import prepare, quantize_model
@@ -29,7 +30,6 @@ from slmrec.evaluate import TEST_PROTOCOL, evaluate
 from slmrec.metrics import bootstrap_means, ndcg
 from slmrec.models.checkpoint import load_decoder
 from slmrec.models.decoder import DecoderModel
-from slmrec.models.ranking import TorchRecommender
 from slmrec.sequences import test_cases, validation_cases
 
 mpl.use("Agg")
@@ -42,8 +42,9 @@ Users = dict[tuple[str, str], np.ndarray]
 
 
 def ranked(model: DecoderModel, data: Dataset) -> dict[str, Any]:
-    """Ranks of the test users' targets."""
-    accuracy = evaluate(TorchRecommender(model, "cpu"), test_cases(data.sequences), protocol=TEST_PROTOCOL)
+    """Ranks of the test users' targets, by the model's graph."""
+    with as_graph(model) as graph:
+        accuracy = evaluate(graph, test_cases(data.sequences), protocol=TEST_PROTOCOL)
     return {"test": {"ndcg@10": accuracy.metrics["ndcg@10"].estimate}, "ranks": accuracy.ranks.tolist()}
 
 
@@ -79,7 +80,9 @@ def measure(runs: Path, data: Dataset, seed: int, batch_size: int) -> Users:
             "pruned": (smaller, False), "pruned, 8-bit": (smaller, True),
         }  # fmt: skip
         for compression, (source, rounded) in jobs.items():
-            key = canonical_hash([source.hash, rounded, settings_of(CalibrationConfig(seed=seed)) if rounded else {}])
+            key = canonical_hash(
+                [source.hash, "graph", rounded, settings_of(CalibrationConfig(seed=seed)) if rounded else {}]
+            )
             made = cell(
                 cells / f"{name} {compression}.json",
                 key,
