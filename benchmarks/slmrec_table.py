@@ -47,6 +47,7 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "cosine + norm": NONE | {"direction_weight": 1.0, "magnitude_weight": 0.1},
     "SLMRec": {},
     "SLMRec + list": {"list_weight": 1.0},
+    "CE + shared table": NONE | {"item_table": "frozen"},
     "SLMRec + shared table": {"item_table": "frozen"},
     "features x 20": {"direction_weight": 20.0, "magnitude_weight": 2.0, "supervision_weight": 0.0},
     "features x 20 + list x 5": {

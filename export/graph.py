@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 
 import numpy as np
+from onnx import TensorProto
 
 from export.linear import Linears, joined
+from export.runtime import ITEM_DATA
 from export.top_k import top_k
 from export.weights import LayerWeights, LinearWeights, ServingWeights
 from export.writer import MICROSOFT, GraphWriter, Value, ints
@@ -13,6 +15,23 @@ from slmrec.config import ExportConfig
 MASKED = np.array(-1e9, dtype=np.float32)
 """Added to the score of a key that must not be seen; finite, so that a row without any key stays finite."""
 ZERO, ONE = ints(0), ints(1)
+
+
+@dataclass(frozen=True)
+class Past:
+    """What is known of the items before: left-padded, t of them, instruction and response not among them."""
+
+    keys: Value
+    """[batch, layers, kv_heads, t, head_dim], rotated."""
+    values: Value
+    counts: Value
+    """[batch, t], see `Tokens.counts`."""
+    valid: Value
+    """[batch, t], see `Tokens.seen_valid`."""
+    length: Value
+    """[batch, 1]: real items."""
+    attended: Value
+    """[batch, 1]: those of them that others see."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +47,10 @@ class Tokens:
     counts: Value
     """[batch, length]: its number among real tokens; padding has that of the token before it."""
     seen_counts: Value
-    """[batch, prefix + length]: the same of the tokens seen, the folded prefix first."""
+    """[batch, seen]: the same of the tokens seen, the folded prefix first, then the past."""
     seen_valid: Value
-    """[batch, prefix + length]: whether a token may be seen at all."""
+    """[batch, seen]: whether a token may be seen at all."""
+    past: Past | None
 
 
 class DecoderGraph:
@@ -43,73 +63,103 @@ class DecoderGraph:
     def known(self, ids: Value) -> Value:
         """Ids outside 1..num_items become 0, as padding is; ONNX would read -1 as the last row."""
         graph = self.graph
-        limit = np.array(self.weights.num_items, dtype=np.int64)
+        # two numbers, for ONNX Runtime merges single ones that are equal, and cannot where one lies in a file
+        count = graph.constant(ints(0, self.weights.items.count), ITEM_DATA)
+        limit = graph.op("ReduceMax", count, keepdims=0)
         inside = graph.op(
             "And", graph.op("Greater", ids, np.array(0, dtype=np.int64)), graph.op("LessOrEqual", ids, limit)
         )
         return graph.op("Where", inside, ids, np.array(0, dtype=np.int64))
 
-    def user_states(self, item_ids: Value) -> Value:
-        """States at the user-vector position before the final norm, [batch, hidden]; ids are known ones."""
-        tokens, hidden = self.tokens(item_ids)
+    def user_states(self, item_ids: Value, past: Past | None = None) -> tuple[Value, list[Value], list[Value]]:
+        """States at the user-vector position, normed, [batch, hidden]; keys and values of each layer for all tokens.
+
+        Args:
+            item_ids: known ids, [batch, history], left-padded.
+            past: of the items before these.
+        """
+        tokens, hidden = self.tokens(item_ids, past)
+        keys, values = [], []
         added: Value | None = None
         depth = len(self.weights.layers)
         for number, layer in enumerate(self.weights.layers):
             newest_only = self.config.newest_only and number == depth - 1
-            hidden, added = self._layer(layer, tokens, hidden, added, newest_only=newest_only)
+            hidden, added, own_keys, own_values = self._layer(number, layer, tokens, (hidden, added), newest_only)
+            keys.append(own_keys)
+            values.append(own_values)
         assert added is not None
         if not self.config.newest_only:
             hidden, added = (self._newest(tokens, value) for value in (hidden, added))
         normed, _ = self.linears.add_and_norm(hidden, added, self.weights.norm)
-        return normed
+        return normed, keys, values
 
-    def tokens(self, item_ids: Value) -> tuple[Tokens, Value]:
+    def past(self, seen_ids: Value, length: Value, keys: Value, values: Value) -> Past:
+        """The past from its inputs: ids [batch, t], lengths [batch], keys and values."""
+        graph = self.graph
+        length = graph.op("Unsqueeze", length, ONE)
+        width = graph.op("Squeeze", graph.size(seen_ids, 1), ZERO)
+        columns = graph.op("Range", np.array(0), width, np.array(1))
+        places = graph.op("Add", graph.op("Sub", graph.op("Unsqueeze", columns, ZERO), width), length)
+        is_real = graph.op("Not", graph.op("Equal", seen_ids, np.array(0)))
+        real = graph.op("And", graph.op("GreaterOrEqual", places, np.array(0)), is_real)
+        valid = real
+        for item in self.weights.layout.masked_ids:
+            valid = graph.op("And", valid, graph.op("Not", graph.op("Equal", seen_ids, np.array(item))))
+        attended = graph.op("ReduceSum", graph.op("Cast", valid, to=TensorProto.INT64), ONE, keepdims=1)
+        counts = graph.op("Add", places, np.array(self.weights.layout.prefix_length))
+        return Past(keys, values, counts, valid, length, attended)
+
+    def tokens(self, item_ids: Value, past: Past | None = None) -> tuple[Tokens, Value]:
         """Tokens of a batch and their vectors, [batch * length, hidden]."""
         graph, layout = self.graph, self.weights.layout
-        folded, own_prefix = self._prefix_lengths()
-        batch = graph.size(item_ids, 0)
+        batch, before = graph.size(item_ids, 0), np.arange(layout.prefix_length)
         real = graph.op("Not", graph.op("Equal", item_ids, np.array(0, dtype=np.int64)))
         attended = self._attended(item_ids, real)
-        parts = [self.item_vectors(item_ids)]
-        ones = {length: self._filled(batch, length) for length in {own_prefix, layout.suffix_length, folded} if length}
-        real_parts, valid_parts = [graph.op("Cast", real, to=7)], [attended]
-        position_parts = [self._item_positions(item_ids, attended)]
-        if own_prefix:
-            parts.insert(0, self._rows(self.weights.prefix, batch))
-            real_parts.insert(0, ones[own_prefix])
-            valid_parts.insert(0, graph.op("Cast", ones[own_prefix], to=9))
-            position_parts.insert(0, graph.op("Mul", ones[own_prefix], np.arange(own_prefix)[None]))
+        parts = [
+            (
+                self.item_vectors(item_ids),
+                self._after_past(graph.op("Sub", self._running(real), np.array(1)), past.length if past else None),
+                attended,
+                self._item_positions(item_ids, attended, past),
+            )
+        ]
+        folded: list[tuple[Value, Value]] = []
+        if layout.prefix_length:
+            own = graph.op("Mul", self._filled(batch, layout.prefix_length), before[None])
+            all_valid = self._all_valid(batch, layout.prefix_length)
+            if self.config.fold_prefix:
+                folded = [(own, all_valid)]
+            else:
+                parts.insert(0, (self._rows(self.weights.prefix, batch), own, all_valid, own))
         if layout.suffix_length:
-            parts.append(self._rows(self.weights.suffix, batch))
-            real_parts.append(ones[layout.suffix_length])
-            valid_parts.append(graph.op("Cast", ones[layout.suffix_length], to=9))
-            position_parts.append(self._suffix_positions(attended, batch))
-        vectors, is_real, valid, positions = (
-            self._joined(part) for part in (parts, real_parts, valid_parts, position_parts)
-        )
-        counts = graph.op("Add", graph.op("CumSum", is_real, np.array(1)), np.array(folded - 1))
-        seen, seen_valid = counts, valid
-        if folded:
-            seen = self._joined([graph.op("Mul", ones[folded], np.arange(folded)[None]), counts])
-            seen_valid = self._joined([graph.op("Cast", ones[folded], to=9), valid])
+            newest = self._after_past(self._total(real), past.length if past else None)
+            counts = graph.op("Add", newest, np.arange(layout.suffix_length)[None])
+            valid = self._all_valid(batch, layout.suffix_length)
+            positions = self._suffix_positions(attended, batch, past)
+            parts.append((self._rows(self.weights.suffix, batch), counts, valid, positions))
+        vectors, counts, valid, positions = (self._joined(list(column)) for column in zip(*parts, strict=True))
+        seen = [*folded, *([(past.counts, past.valid)] if past else []), (counts, valid)]
+        seen_counts, seen_valid = (self._joined(list(column)) for column in zip(*seen, strict=True))
         length = graph.size(positions, 1)
         hidden = graph.op("Reshape", vectors, ints(-1, self.weights.hidden_size))
-        return Tokens(batch, length, graph.size(hidden, 0), positions, counts, seen, seen_valid), hidden
+        rows = graph.size(hidden, 0)
+        return Tokens(batch, length, rows, positions, counts, seen_counts, seen_valid, past), hidden
 
     def item_vectors(self, item_ids: Value) -> Value:
         """What the decoder reads of items, [batch, history, hidden]."""
         items = self.weights.items
-        vectors = self.graph.op("Gather", items.table, item_ids)
+        vectors = self.graph.op("Gather", self.graph.constant(items.table, ITEM_DATA), item_ids)
         if items.projection is None:
             return vectors
         assert items.projection.bias is not None
         return self.graph.op("Add", self.graph.op("MatMul", vectors, items.projection.weight), items.projection.bias)
 
     def _layer(
-        self, layer: LayerWeights, tokens: Tokens, hidden: Value, added: Value | None, *, newest_only: bool
-    ) -> tuple[Value, Value]:
-        """What goes on unchanged, and what the layer adds to it, [batch * length, hidden] both."""
+        self, number: int, layer: LayerWeights, tokens: Tokens, stream: tuple[Value, Value | None], newest_only: bool
+    ) -> tuple[Value, Value, Value, Value]:
+        """What goes on unchanged and what the layer adds to it, [rows, hidden] both; its keys and values."""
         linears = self.linears
+        hidden, added = stream
         if added is None:
             normed = linears.norm(hidden, layer.input_norm)
         else:
@@ -117,10 +167,23 @@ class DecoderGraph:
         query, keys, values = self._heads(layer, tokens, normed, newest_only=newest_only)
         if newest_only:
             hidden = self._newest(tokens, hidden)
-        attended = self._attend(layer, tokens, query, keys, values, newest_only=newest_only)
+        seen = [self._seen(number, name, tokens, own) for name, own in (("keys", keys), ("values", values))]
+        attended = self._attend(layer, tokens, query, seen, newest_only=newest_only)
         rows = tokens.batch if newest_only else tokens.rows
         normed, hidden = linears.add_and_norm(hidden, linears.product(attended, layer.out, rows), layer.forward_norm)
-        return hidden, linears.gated(normed, layer.gate, layer.up, layer.down, rows)
+        return hidden, linears.gated(normed, layer.gate, layer.up, layer.down, rows), keys, values
+
+    def _seen(self, number: int, name: str, tokens: Tokens, own: Value) -> Value:
+        """Keys or values of the folded prefix, of the past and of the tokens themselves."""
+        parts = [own]
+        if tokens.past is not None:
+            past = tokens.past.keys if name == "keys" else tokens.past.values
+            parts.insert(0, self.graph.op("Gather", past, np.array(number), axis=1))
+        if self.config.fold_prefix and self.weights.layout.prefix_length:
+            layer = self.weights.layers[number]
+            prefix = layer.prefix_keys if name == "keys" else layer.prefix_values
+            parts.insert(0, self._rows(prefix, tokens.batch))
+        return parts[0] if len(parts) == 1 else self.graph.op("Concat", *parts, axis=2)
 
     def _heads(
         self, layer: LayerWeights, tokens: Tokens, normed: Value, *, newest_only: bool
@@ -182,13 +245,10 @@ class DecoderGraph:
         return graph.op("Add", graph.op("Mul", heads, cos), graph.op("Mul", turned, sin))
 
     def _attend(
-        self, layer: LayerWeights, tokens: Tokens, query: Value, keys: Value, values: Value, *, newest_only: bool
+        self, layer: LayerWeights, tokens: Tokens, query: Value, seen: list[Value], *, newest_only: bool
     ) -> Value:
         """Attention of grouped queries without copies of keys and values, [batch * asking, heads * head_dim]."""
-        graph = self.graph
-        if self.config.fold_prefix and self.weights.layout.prefix_length:
-            keys = graph.op("Concat", self._rows(layer.prefix_keys, tokens.batch), keys, axis=2)
-            values = graph.op("Concat", self._rows(layer.prefix_values, tokens.batch), values, axis=2)
+        graph, (keys, values) = self.graph, seen
         groups = layer.num_heads // layer.kv_heads
         grouped = graph.op("Reshape", query, ints(0, layer.kv_heads, -1, layer.head_dim))
         bias = self._bias(layer.sliding_window, tokens, groups, newest_only=newest_only)
@@ -238,31 +298,42 @@ class DecoderGraph:
             attended = graph.op("Concat", others, newest, axis=1)
         return attended
 
-    def _item_positions(self, item_ids: Value, attended: Value) -> Value:
+    def _item_positions(self, item_ids: Value, attended: Value, past: Past | None) -> Value:
         """Position of every item, see `prompt.item_positions`."""
         graph, layout = self.graph, self.weights.layout
         if layout.positions == "compact":
-            count = graph.op("CumSum", graph.op("Cast", attended, to=7), np.array(1))
-            place = graph.op("Max", graph.op("Sub", count, np.array(1)), np.array(0))
-            return graph.op("Add", place, np.array(layout.prefix_length))
+            place = graph.op("Max", graph.op("Sub", self._running(attended), np.array(1)), np.array(0))
+            return self._after_past(place, past.attended if past else None)
         width = graph.op("Squeeze", graph.size(item_ids, 1), ZERO)
         newest = np.array(layout.prefix_length + layout.max_history)
         columns = graph.op("Range", graph.op("Sub", newest, width), newest, np.array(1))
         return graph.op("Add", graph.op("Mul", item_ids, np.array(0)), columns)
 
-    def _suffix_positions(self, attended: Value, batch: Value) -> Value:
+    def _suffix_positions(self, attended: Value, batch: Value, past: Past | None) -> Value:
         """Positions of the response tokens, right after the newest item."""
         graph, layout = self.graph, self.weights.layout
-        offsets = np.arange(layout.suffix_length)[None] + layout.prefix_length
+        offsets = np.arange(layout.suffix_length)[None]
         if layout.positions == "padded":
-            return graph.op("Mul", self._filled(batch, layout.suffix_length), offsets + layout.max_history)
-        count = graph.op("ReduceSum", graph.op("Cast", attended, to=7), ONE, keepdims=1)
-        return graph.op("Add", count, offsets)
+            first = layout.prefix_length + layout.max_history
+            return graph.op("Mul", self._filled(batch, layout.suffix_length), offsets + first)
+        return graph.op("Add", self._after_past(self._total(attended), past.attended if past else None), offsets)
 
-    def _prefix_lengths(self) -> tuple[int, int]:
-        """Instruction tokens that are folded, and that are computed."""
-        length = self.weights.layout.prefix_length
-        return (length, 0) if self.config.fold_prefix else (0, length)
+    def _running(self, flags: Value) -> Value:
+        """How many of the flags up to each one are set, [batch, history]."""
+        return self.graph.op("CumSum", self.graph.op("Cast", flags, to=TensorProto.INT64), np.array(1))
+
+    def _total(self, flags: Value) -> Value:
+        """How many flags of a row are set, [batch, 1]."""
+        return self.graph.op("ReduceSum", self.graph.op("Cast", flags, to=TensorProto.INT64), ONE, keepdims=1)
+
+    def _after_past(self, places: Value, past: Value | None) -> Value:
+        """Places among the items of a request as places among all tokens."""
+        if past is not None:
+            places = self.graph.op("Add", places, past)
+        return self.graph.op("Add", places, np.array(self.weights.layout.prefix_length))
+
+    def _all_valid(self, batch: Value, length: int) -> Value:
+        return self.graph.op("Cast", self._filled(batch, length), to=TensorProto.BOOL)
 
     def _rows(self, constant: np.ndarray, batch: Value) -> Value:
         """A constant, once for every user."""
@@ -283,38 +354,89 @@ def recommend_graph(weights: ServingWeights, config: ExportConfig) -> GraphWrite
     """
     graph = GraphWriter(config.opset)
     decoder = DecoderGraph(graph, weights, config)
-    item_ids = graph.input("item_ids", "int64", ["batch", "history"])
-    exclude_ids = graph.input("exclude_ids", "int64", ["batch", "excluded"])
-    seen, excluded = decoder.known(item_ids), decoder.known(exclude_ids)
-    users = user_vectors(graph, weights, decoder.user_states(seen))
-    scores = item_scores(graph, weights, users)
-    k = min(config.top_k or 100, weights.num_items)
-    masked = [excluded] if config.keep_history else [seen, excluded]
-    scores = without(graph, scores, masked, decoder)
-    best, items = top_k(graph, scores, weights.num_items + 1, k, block_max=config.block_max)
-    nothing = graph.op("Equal", best, np.array(-np.inf, dtype=np.float32))
-    # a comparison would hide NaN from the list
-    poison = graph.op("Mul", graph.op("ReduceSum", users, ONE, keepdims=1), np.array(0, dtype=np.float32))
-    graph.output(graph.op("Where", nothing, np.array(0), items), "top_items", "int64", ["batch", "k"])
-    graph.output(graph.op("Add", best, poison), "top_scores", "float32", ["batch", "k"])
+    seen, excluded = (decoder.known(value) for value in _request(graph))
+    users = _user_vectors(graph, weights, decoder.user_states(seen)[0])
+    _best_items(graph, weights, config, users, [excluded] if config.keep_history else [seen, excluded])
     return graph
 
 
-def user_vectors(graph: GraphWriter, weights: ServingWeights, states: Value) -> Value:
+def rerank_graph(weights: ServingWeights, config: ExportConfig) -> GraphWriter:
+    """Signature `rerank`: the scores of given candidates; -inf for 0, for unknown and for excluded ones."""
+    graph = GraphWriter(config.opset)
+    decoder = DecoderGraph(graph, weights, config)
+    seen, excluded = (decoder.known(value) for value in _request(graph))
+    candidates = decoder.known(graph.input("candidate_ids", "int64", ["batch", "candidates"]))
+    users = _user_vectors(graph, weights, decoder.user_states(seen)[0])
+    vectors = graph.op("Gather", graph.constant(weights.items.outputs, ITEM_DATA), candidates)
+    scores = graph.op("Squeeze", graph.op("MatMul", vectors, graph.op("Unsqueeze", users, ints(2))), ints(2))
+    scores = graph.op("Add", scores, graph.op("Gather", graph.constant(weights.items.offsets, ITEM_DATA), candidates))
+    masked = graph.op("Concat", excluded, seen, axis=1) if not config.keep_history else excluded
+    equal = graph.op("Equal", graph.op("Unsqueeze", candidates, ints(2)), graph.op("Unsqueeze", masked, ints(1)))
+    # a sum: the largest of no values is undefined, and nothing may be excluded
+    hits = graph.op("ReduceSum", graph.op("Cast", equal, to=TensorProto.INT32), ints(2), keepdims=0)
+    gone = graph.op("Greater", hits, np.array(0, dtype=np.int32))
+    scores = graph.op("Where", gone, np.array(-np.inf, dtype=np.float32), scores)
+    graph.output(graph.op("Add", scores, _poison(graph, users)), "scores", "float32", ["batch", "candidates"])
+    return graph
+
+
+def append_graph(weights: ServingWeights, config: ExportConfig) -> GraphWriter:
+    """Signature `append`: as `recommend`, for new items after a past whose keys and values are given; gives theirs.
+
+    A past of length 0 is allowed, so the same graph computes a history from its beginning.
+    """
+    graph = GraphWriter(config.opset)
+    decoder = DecoderGraph(graph, weights, config)
+    first = weights.layers[0]
+    shape: list[int | str] = ["batch", len(weights.layers), first.kv_heads, "past", first.head_dim]
+    new = decoder.known(graph.input("new_item", "int64", ["batch", "new"]))
+    seen = decoder.known(graph.input("seen_ids", "int64", ["batch", "past"]))
+    length = graph.input("past_length", "int64", ["batch"])
+    keys, values = (graph.input(name, "float32", shape) for name in ("past_keys", "past_values"))
+    excluded = decoder.known(graph.input("exclude_ids", "int64", ["batch", "excluded"]))
+    states, new_keys, new_values = decoder.user_states(new, decoder.past(seen, length, keys, values))
+    users = _user_vectors(graph, weights, states)
+    _best_items(graph, weights, config, users, [excluded] if config.keep_history else [seen, new, excluded])
+    skipped = 0 if config.fold_prefix else weights.layout.prefix_length
+    bounds = ints(skipped), graph.op("Add", graph.size(new, 1), ints(skipped))
+    shape[3] = "new"
+    for name, layers in (("new_keys", new_keys), ("new_values", new_values)):
+        parts = [graph.op("Unsqueeze", graph.op("Slice", one, *bounds, ints(2)), ONE) for one in layers]
+        whole = parts[0] if len(parts) == 1 else graph.op("Concat", *parts, axis=1)
+        graph.output(whole, name, "float32", shape)
+    return graph
+
+
+def _request(graph: GraphWriter) -> list[Value]:
+    return [
+        graph.input("item_ids", "int64", ["batch", "history"]),
+        graph.input("exclude_ids", "int64", ["batch", "excluded"]),
+    ]
+
+
+def _user_vectors(graph: GraphWriter, weights: ServingWeights, states: Value) -> Value:
     """What item outputs are compared with, [batch, width]."""
     projection = weights.items.user_proj
     return states if projection is None else graph.op("MatMul", states, projection)
 
 
-def item_scores(graph: GraphWriter, weights: ServingWeights, users: Value) -> Value:
-    """Scores of all items, column 0 for padding, [batch, num_items + 1]."""
-    scores = graph.op("MatMul", users, np.ascontiguousarray(weights.items.outputs.T))
-    return scores if weights.items.bias is None else graph.op("Add", scores, weights.items.bias)
-
-
-def without(graph: GraphWriter, scores: Value, masked: list[Value], decoder: DecoderGraph) -> Value:
-    """Scores with -inf for padding and for the given ids."""
-    batch = graph.size(scores, 0)
-    ids = graph.op("Concat", graph.op("Expand", np.array(0), graph.shape(batch, 1)), *masked, axis=1)
+def _best_items(
+    graph: GraphWriter, weights: ServingWeights, config: ExportConfig, users: Value, masked: list[Value]
+) -> None:
+    """The outputs `top_items` and `top_scores`."""
+    items = weights.items
+    outputs, offsets = (graph.constant(values, ITEM_DATA) for values in (items.outputs, items.offsets))
+    scores = graph.op("Gemm", users, outputs, offsets, transB=1)
+    ids = graph.op("Concat", *masked, axis=1) if len(masked) > 1 else masked[0]
     nothing = graph.op("Expand", np.array(-np.inf, dtype=np.float32), graph.op("Shape", ids))
-    return graph.op("ScatterElements", scores, ids, nothing, axis=1)
+    scores = graph.op("ScatterElements", scores, ids, nothing, axis=1)
+    k = min(config.top_k or 100, items.count)
+    best, found = top_k(graph, scores, items.rows, k, block_max=config.block_max)
+    empty = graph.op("Equal", best, np.array(-np.inf, dtype=np.float32))
+    graph.output(graph.op("Where", empty, np.array(0), found), "top_items", "int64", ["batch", "k"])
+    graph.output(graph.op("Add", best, _poison(graph, users)), "top_scores", "float32", ["batch", "k"])
+
+
+def _poison(graph: GraphWriter, users: Value) -> Value:
+    """NaN for a user whose vector is not finite, else 0; a comparison would hide NaN from a list."""
+    return graph.op("Mul", graph.op("ReduceSum", users, ONE, keepdims=1), np.array(0, dtype=np.float32))

@@ -7,6 +7,7 @@ from export.graph import recommend_graph
 from export.parity import PARITY_FILE, check_parity
 from export.runtime import GRAPH_FILE, SIGNATURE_FILE, OnnxRecommender
 from export.weights import ServingWeights, serving_weights
+from export.writer import save_graphs
 from slmrec.artifact import Artifact, is_up_to_date, open_artifact, publish, write_json
 from slmrec.config import ExportConfig, settings_of
 from slmrec.dataset import Dataset, stage_on
@@ -43,8 +44,8 @@ def export_checkpoint(
 
 def export_model(model: DecoderModel, folder: Path, config: ExportConfig) -> None:
     """Write `model.onnx`, `model.onnx.data` and `signature.json`."""
-    weights = serving_weights(model, fold_items=config.fold_items)
-    recommend_graph(weights, config).save(folder / GRAPH_FILE)
+    weights = serving_weights(model, fold_items=config.fold_items, spare_items=config.spare_items)
+    save_graphs({GRAPH_FILE: recommend_graph(weights, config)}, folder)
     write_json(folder / SIGNATURE_FILE, signature(weights, config))
 
 
@@ -59,8 +60,8 @@ def signature(weights: ServingWeights, config: ExportConfig) -> dict[str, Any]:
             "exclude_ids": ids | {"shape": ["batch", "excluded"], "meaning": "never returned, padded with 0"},
         },
         "outputs": {"top_items": ids | {"shape": lists}, "top_scores": {"dtype": "float32", "shape": lists}},
-        "top_k": min(config.top_k or 100, weights.num_items),
-        "num_items": weights.num_items,
+        "top_k": min(config.top_k or 100, weights.items.count),
+        "num_items": weights.items.count,
         "max_history": window,
         "buckets": sorted({*range(BUCKET_STEP, window, BUCKET_STEP), window}),
         "positions": layout.positions,

@@ -14,6 +14,10 @@ from slmrec.ragged import Ragged
 from slmrec.recommender import PAD, Histories, TopK, check_top_k
 
 GRAPH_FILE, SIGNATURE_FILE = "model.onnx", "signature.json"
+RERANK_FILE, APPEND_FILE = "rerank.onnx", "append.onnx"
+DECODER_DATA, ITEM_DATA = "model.onnx.data", "items.onnx.data"
+DATA_FILES = (DECODER_DATA, ITEM_DATA)
+"""What the weights of the graphs lie in: those that belong to them for good, and those that follow the catalogue."""
 MAX_TOP_K = 3840
 MAX_BATCH = 256
 EXCLUDE_STEP = 32

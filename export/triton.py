@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from export.runtime import GRAPH_FILE, read_signature
+from export.runtime import DATA_FILES, GRAPH_FILE, read_signature
 
 MODEL_NAME = "recommend"
 MAX_BATCH = 256
@@ -15,7 +15,7 @@ def write_triton(folder: Path) -> None:
     model = folder / "triton" / MODEL_NAME
     version = model / "1" / GRAPH_FILE
     version.mkdir(parents=True)
-    for name in (GRAPH_FILE, f"{GRAPH_FILE}.data"):
+    for name in (GRAPH_FILE, *DATA_FILES):
         shutil.copyfile(folder / name, version / name)
     (model / "config.pbtxt").write_text(config(int(signature["top_k"])), encoding="ascii")
 

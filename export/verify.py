@@ -10,7 +10,7 @@ import numpy as np
 
 from export.bundle import GOLDEN_FILE, RULE_FILE, SUMS_FILE, sums
 from export.parity import Parity, ParityRule, compare
-from export.runtime import GRAPH_FILE, OnnxRecommender
+from export.runtime import DATA_FILES, GRAPH_FILE, OnnxRecommender
 from slmrec.artifact import MANIFEST, library_versions, open_artifact
 from slmrec.errors import ArtifactError, CheckError
 from slmrec.ragged import Ragged
@@ -109,7 +109,7 @@ def _require_data_inside(graph: Path) -> None:
     for tensor in model.graph.initializer:
         if uses_external_data(tensor):
             location = next(entry.value for entry in tensor.external_data if entry.key == "location")
-            if location != f"{GRAPH_FILE}.data":
+            if location not in DATA_FILES:
                 raise _failed(f"{graph.name} reads its weights from {location!r}")
 
 

@@ -1,5 +1,6 @@
 """The numbers of a serving graph: a decoder recommender's weights as arrays, constants worked out beforehand."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,8 @@ from slmrec.models.decoder import DecoderModel
 from slmrec.models.layers import Int8Linear, Int8WeightLinear
 from slmrec.models.prompt import Layout
 
+ROW_STEP = 128
+"""Tables have a multiple of this many rows, which is the block of the block-max top-K."""
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
 
@@ -68,14 +71,22 @@ class LayerWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class ItemWeights:
-    """Catalogue and head; row 0 of each table belongs to padding."""
+    """Catalogue and head. Tables have a row per internal id: 0 is padding, those after the last item are spare."""
 
+    count: int
+    """Items 1..count exist."""
     table: Float32[np.ndarray, "rows dim"]
     """What the decoder reads of an item: after `projection` if there is one."""
     projection: LinearWeights | None
     outputs: Float32[np.ndarray, "rows width"]
-    bias: Float32[np.ndarray, " rows"] | None
+    offsets: Float32[np.ndarray, " rows"]
+    """Added to an item's score: its bias, or -inf where it must not be recommended."""
     user_proj: Float32[np.ndarray, "hidden width"] | None
+
+    @property
+    def rows(self) -> int:
+        """Rows of the tables, padding and spare ones included."""
+        return len(self.offsets)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +94,6 @@ class ServingWeights:
     """All of a recommender."""
 
     layout: Layout
-    num_items: int
     hidden_size: int
     items: ItemWeights
     layers: tuple[LayerWeights, ...]
@@ -106,12 +116,13 @@ class ServingWeights:
 
 
 @torch.no_grad()
-def serving_weights(model: DecoderModel, *, fold_items: bool) -> ServingWeights:
+def serving_weights(model: DecoderModel, *, fold_items: bool = True, spare_items: float = 0.0) -> ServingWeights:
     """Take a model apart.
 
     Args:
         model: in `eval` mode; its layers are of the types that a checkpoint may hold.
         fold_items: multiply the item table by its projection now, so that a request reads rows and computes nothing.
+        spare_items: rows for items to come, as a share of the catalogue.
 
     Raises:
         ConfigError: its rotary embeddings depend on the length of a request.
@@ -124,9 +135,8 @@ def serving_weights(model: DecoderModel, *, fold_items: bool) -> ServingWeights:
     keys, values = _prefix_cache(model)
     return ServingWeights(
         layout=layout,
-        num_items=model.num_items,
         hidden_size=model.hidden_size,
-        items=_items(model, fold_items=fold_items),
+        items=_items(model, fold_items=fold_items, spare_items=spare_items),
         layers=tuple(_layer(layer, keys[number], values[number]) for number, layer in enumerate(model.decoder.layers)),
         norm=_norm(model.decoder.norm),
         prefix=_array(model.prefix),
@@ -160,22 +170,28 @@ def _prefix_cache(model: DecoderModel) -> tuple[list[np.ndarray], list[np.ndarra
     return [_array(layer.keys[0]) for layer in cache.layers], [_array(layer.values[0]) for layer in cache.layers]
 
 
-def _items(model: DecoderModel, *, fold_items: bool) -> ItemWeights:
-    head = model.item_head
+def _items(model: DecoderModel, *, fold_items: bool, spare_items: float) -> ItemWeights:
+    head, count = model.item_head, model.num_items
     if fold_items or model.titles is not None:
-        table, projection = model.item_inputs(torch.arange(model.num_items + 1)), None
+        table, projection = model.item_inputs(torch.arange(count + 1))[1:], None
     else:
-        table, projection = model.item_table.weight.detach().clone(), _linear(model.item_proj)
-    table[0] = 0
-    outputs = model.item_outputs() if head is None else head.weight
-    padding = outputs.new_zeros(1, outputs.shape[1])
+        table, projection = model.item_table.weight[1:], _linear(model.item_proj)
+    bias = np.zeros(count, dtype=np.float32) if head is None else _array(head.bias)
+    rows = -(-(1 + count + math.ceil(count * spare_items)) // ROW_STEP) * ROW_STEP
     return ItemWeights(
-        table=_array(table),
+        count=count,
+        table=_padded(_array(table), rows, 0),
         projection=projection,
-        outputs=_array(torch.cat([padding, outputs])),
-        bias=None if head is None else _array(torch.cat([head.bias.new_zeros(1), head.bias])),
+        outputs=_padded(_array(model.item_outputs() if head is None else head.weight), rows, 0),
+        offsets=_padded(bias, rows, -np.inf),
         user_proj=None if model.user_proj is None else _array(model.user_proj.weight.T),
     )
+
+
+def _padded(values: np.ndarray, rows: int, filler: float) -> np.ndarray:
+    """One row before the values and as many after them as make `rows`."""
+    widths = [(1, rows - 1 - len(values)), *[(0, 0)] * (values.ndim - 1)]
+    return np.pad(values, widths, constant_values=filler)
 
 
 def _layer(layer: Any, keys: np.ndarray, values: np.ndarray) -> LayerWeights:

@@ -1,19 +1,26 @@
-"""Writing an ONNX graph, one operation after the other."""
+"""Writing an ONNX graph, one operation after the other, and graphs that share their large constants."""
 
-from collections.abc import Sequence
+import contextlib
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, external_data_helper, helper, numpy_helper
+
+from export.runtime import DECODER_DATA
 
 MICROSOFT = "com.microsoft"
 """ONNX Runtime's own operations."""
 KINDS = {"int64": TensorProto.INT64, "float32": TensorProto.FLOAT, "bool": TensorProto.BOOL}
 IR_VERSION = 10
 INLINE_BYTES = 1024
-"""Constants of more bytes go into the data file."""
+"""Constants of more bytes go into a data file."""
+ALIGNMENT = 4096
+"""Constants begin at multiples of this, so that ONNX Runtime maps the file instead of copying it."""
+
 
 Value = str
 """Name of a tensor in the graph."""
@@ -32,7 +39,7 @@ class GraphWriter:
     def __init__(self, opset: int) -> None:
         self.opset = opset
         self.nodes: list[Any] = []
-        self.constants: dict[str, np.ndarray] = {}
+        self.constants: dict[str, tuple[np.ndarray, str]] = {}
         self.inputs: list[Any] = []
         self.outputs: list[Any] = []
         self._known: dict[tuple[Any, ...], str] = {}
@@ -48,12 +55,18 @@ class GraphWriter:
         self.nodes.append(helper.make_node("Identity", [value], [name]))
         self.outputs.append(helper.make_tensor_value_info(name, KINDS[kind], shape))
 
-    def constant(self, array: np.ndarray, name: str | None = None) -> Value:
-        """A constant; small ones of the same content are one."""
-        key = (array.dtype.str, array.shape, array.tobytes()) if array.nbytes <= INLINE_BYTES else (id(array),)
+    def constant(self, array: np.ndarray, file: str = DECODER_DATA) -> Value:
+        """A constant; ones of the same content are one.
+
+        Args:
+            array: its values.
+            file: the data file it goes into if it is large; into another than the decoder's it goes whatever its size,
+                so that it can be replaced without touching the graph.
+        """
+        key = (array.dtype.str, array.shape, hashlib.sha256(np.ascontiguousarray(array).data).digest(), file)
         if key not in self._known:
-            self._known[key] = name or f"constant_{len(self.constants)}"
-            self.constants[self._known[key]] = array
+            self._known[key] = f"constant_{len(self.constants)}"
+            self.constants[self._known[key]] = (array, file)
         return self._known[key]
 
     def op(self, kind: str, *inputs: Value | np.ndarray | None, domain: str = "", **attributes: Any) -> Value:
@@ -82,28 +95,82 @@ class GraphWriter:
         """Size along an axis that is not negative, as an int64 tensor of one element."""
         return self.op("Shape", value, start=axis, end=axis + 1)
 
-    def model(self) -> onnx.ModelProto:
-        """The whole, its large constants still inside."""
-        constants = [numpy_helper.from_array(array, name) for name, array in self.constants.items()]
-        graph = helper.make_graph(self.nodes, "slmcompress", self.inputs, self.outputs, constants)
+    def model(self, constants: Mapping[str, onnx.TensorProto] | None = None) -> onnx.ModelProto:
+        """The whole; with `constants` the given tensors stand for the constants of these names."""
+        tensors = [
+            (constants or {}).get(name) or numpy_helper.from_array(array, name)
+            for name, (array, _) in self.constants.items()
+        ]
+        graph = helper.make_graph(self.nodes, "slmcompress", self.inputs, self.outputs, tensors)
         opsets = [helper.make_opsetid("", self.opset)]
         if any(node.domain == MICROSOFT for node in self.nodes):
             opsets.append(helper.make_opsetid(MICROSOFT, 1))
         return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="slmcompress")
 
-    def save(self, path: Path) -> None:
-        """Write the graph, and its large constants beside it as `<name>.data`."""
-        try:
-            onnx.save_model(
-                self.model(), path, save_as_external_data=True, location=f"{path.name}.data",
-                size_threshold=INLINE_BYTES,
-            )  # fmt: skip
-        except OSError as error:
-            error.filename = error.filename or str(path)  # a full disk is told without its file
-            raise
-
     def _name(self, value: Value | np.ndarray) -> Value:
         return self.constant(value) if isinstance(value, np.ndarray) else value
+
+
+def save_graphs(graphs: Mapping[str, GraphWriter], folder: Path) -> None:
+    """Write graphs by file name, and their data files; constants that several graphs have are there once."""
+    files: dict[str, _DataFile] = {}
+    try:
+        for name, graph in graphs.items():
+            outside = {}
+            for constant, (array, file) in graph.constants.items():
+                if array.nbytes > INLINE_BYTES or file != DECODER_DATA:
+                    if file not in files:
+                        files[file] = _DataFile(folder / file)
+                    outside[constant] = files[file].add(constant, array)
+            _write(folder / name, graph.model(outside).SerializeToString(deterministic=True))
+    finally:
+        for data in files.values():
+            data.close()
+
+
+class _DataFile:
+    """Constants one after the other; the same content is written once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: BinaryIO = path.open("wb")
+        self._places: dict[tuple[Any, ...], int] = {}
+
+    def add(self, name: str, array: np.ndarray) -> onnx.TensorProto:
+        """A tensor that refers to the file."""
+        content = np.ascontiguousarray(array)
+        key = (array.dtype.str, array.shape, hashlib.sha256(content.data).digest())
+        if key not in self._places:
+            with _naming(self.path):
+                self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
+                self._places[key] = self._file.tell()
+                self._file.write(content.data)
+        tensor = onnx.TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(array.dtype), dims=array.shape)
+        tensor.raw_data = b"\0"  # set_external_data insists on some
+        external_data_helper.set_external_data(tensor, self.path.name, self._places[key], content.nbytes)
+        tensor.ClearField("raw_data")
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        return tensor
+
+    def close(self) -> None:
+        """Bring everything to disk."""
+        with _naming(self.path):
+            self._file.close()
+
+
+def _write(path: Path, content: bytes) -> None:
+    with _naming(path):
+        path.write_bytes(content)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """A full disk is told without the file that found no room."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def ints(*values: int) -> np.ndarray:

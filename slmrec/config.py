@@ -233,6 +233,8 @@ class ExportConfig:
     """Items returned; None = min(100, num_items). TensorRT's limit, 3840, holds for every graph."""
     keep_history: bool = False
     """Allow items of the history to be recommended again (repeat consumption)."""
+    spare_items: float = 0.1
+    """Room for items to come, as a share of the catalogue: `update-items` fills it without a new export."""
     opset: int = 20
     fold_prefix: bool = True
     """The instruction's keys and values are constants; else its tokens are computed with every request."""
@@ -250,6 +252,9 @@ class ExportConfig:
     def __post_init__(self) -> None:
         require(
             self.top_k is None or 1 <= self.top_k <= 3840, f"top_k={self.top_k}, possible are 1 to 3840", "--top-k 100"
+        )
+        require(
+            0 <= self.spare_items <= 10, f"spare_items={self.spare_items} is no share from 0 to 10", "--spare-items 0.1"
         )
         require(18 <= self.opset <= 20, f"opset={self.opset} is not tested", "--opset 20")
 
