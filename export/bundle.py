@@ -10,7 +10,7 @@ import numpy as np
 
 from export.card import model_card
 from export.parity import PARITY_FILE, ParityRule
-from export.runtime import DATA_FILES, GRAPH_FILE, SIGNATURE_FILE, OnnxRecommender, read_signature
+from export.runtime import DATA_FILES, SIGNATURE_FILE, OnnxRecommender, read_signature
 from export.triton import write_triton
 from slmrec.artifact import Artifact, Stage, file_sha256, is_up_to_date, open_artifact, publish, write_json
 from slmrec.catalogue import ITEMS_FILE, load_catalogue, require_same_catalogue
@@ -57,7 +57,8 @@ def bundle(
     if is_up_to_date(output, stage, force=force):
         return open_artifact(output), True
     with publish(output, stage, finish=write_sums) as folder:
-        for name in (GRAPH_FILE, *DATA_FILES, SIGNATURE_FILE, ITEMS_FILE, PARITY_FILE):
+        graphs = read_signature(graph.path)["graphs"]
+        for name in (*graphs, *DATA_FILES, SIGNATURE_FILE, ITEMS_FILE, PARITY_FILE):
             if (graph.path / name).exists():
                 shutil.copyfile(graph.path / name, folder / name)
         write_golden(folder, data)

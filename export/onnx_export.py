@@ -3,14 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-from export.graph import recommend_graph
+from export.graph import append_graph, recommend_graph, rerank_graph
 from export.parity import PARITY_FILE, check_parity
-from export.runtime import GRAPH_FILE, SIGNATURE_FILE, OnnxRecommender
+from export.runtime import APPEND_FILE, GRAPH_FILE, RERANK_FILE, SIGNATURE_FILE, OnnxRecommender
 from export.weights import ServingWeights, serving_weights
 from export.writer import save_graphs
 from slmrec.artifact import Artifact, is_up_to_date, open_artifact, publish, write_json
 from slmrec.config import ExportConfig, settings_of
 from slmrec.dataset import Dataset, stage_on
+from slmrec.errors import ConfigError
 from slmrec.locks import one_run_at_a_time
 from slmrec.models.checkpoint import load_decoder, with_neutral_layers
 from slmrec.models.decoder import DecoderModel
@@ -43,13 +44,26 @@ def export_checkpoint(
 
 
 def export_model(model: DecoderModel, folder: Path, config: ExportConfig) -> None:
-    """Write `model.onnx`, `model.onnx.data` and `signature.json`."""
+    """Write the graphs, their data files and `signature.json`.
+
+    Raises:
+        ConfigError: `append` was asked for, but positions depend on the length of the whole history.
+    """
     weights = serving_weights(model, fold_items=config.fold_items, spare_items=config.spare_items)
-    save_graphs({GRAPH_FILE: recommend_graph(weights, config)}, folder)
-    write_json(folder / SIGNATURE_FILE, signature(weights, config))
+    compact = weights.layout.positions == "compact"
+    if config.append and not compact:
+        raise ConfigError(
+            "with padded positions every new item moves the items before it, so nothing can be kept of them",
+            remedy="--no-append, or a teacher with --positions compact",
+        )
+    graphs = {GRAPH_FILE: recommend_graph(weights, config), RERANK_FILE: rerank_graph(weights, config)}
+    if config.append or (config.append is None and compact):
+        graphs[APPEND_FILE] = append_graph(weights, config)
+    save_graphs(graphs, folder)
+    write_json(folder / SIGNATURE_FILE, signature(weights, config, list(graphs)))
 
 
-def signature(weights: ServingWeights, config: ExportConfig) -> dict[str, Any]:
+def signature(weights: ServingWeights, config: ExportConfig, graphs: list[str]) -> dict[str, Any]:
     """What a caller has to know of the graph, and all that the runtime reads besides it."""
     layout = weights.layout
     window, ids, lists = layout.max_history, {"dtype": "int64"}, ["batch", "k"]
@@ -60,6 +74,9 @@ def signature(weights: ServingWeights, config: ExportConfig) -> dict[str, Any]:
             "exclude_ids": ids | {"shape": ["batch", "excluded"], "meaning": "never returned, padded with 0"},
         },
         "outputs": {"top_items": ids | {"shape": lists}, "top_scores": {"dtype": "float32", "shape": lists}},
+        "graphs": graphs,
+        "keys_and_values": [len(weights.layers), weights.layers[0].kv_heads, weights.layers[0].head_dim],
+        "capacity": weights.items.rows - 1,
         "top_k": min(config.top_k or 100, weights.items.count),
         "num_items": weights.items.count,
         "max_history": window,

@@ -2,12 +2,13 @@
 
 import json
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Float32, Int64
 
 from slmrec.errors import ArtifactError, CheckError, ConfigError
 from slmrec.ragged import Ragged
@@ -33,8 +34,11 @@ class OnnxRecommender:
     """
 
     def __init__(self, folder: Path, *, provider: str = "CPUExecutionProvider", threads: int | None = None) -> None:
-        self.signature = read_signature(folder)
-        self.session = _session(folder / GRAPH_FILE, provider, threads or usable_cores())
+        self.folder, self.signature = folder, read_signature(folder)
+        self._provider, self._threads = provider, threads or usable_cores()
+        self.session = self.load(GRAPH_FILE)
+        self._rerank: Any = None
+        self._loading = threading.Lock()
         self.buckets = np.array(self.signature["buckets"], dtype=np.int64)
 
     @property
@@ -59,10 +63,41 @@ class OnnxRecommender:
             excluded = _exclusions(histories.select(rows), keep_history=bool(self.signature["keep_history"]))
             found, best = self.run(windows.select(rows).pad_left(width), excluded)
             if np.isnan(best).any():
-                raise CheckError("the graph gave NaN scores", remedy="slmcompress verify, and make the artefact again")
+                raise nan_scores()
             kept = min(k, found.shape[1])
             items[rows, :kept], scores[rows, :kept] = found[:, :kept], best[:, :kept]
         return TopK(items, scores)
+
+    def rerank(self, histories: Histories, candidate_ids: Ragged) -> list[Float32[np.ndarray, " candidates"]]:
+        """Scores of each user's candidates, in their order; -inf for items of his history and for excluded ones.
+
+        Raises:
+            DataError: ids that do not exist, a user without history, or another number of rows.
+        """
+        Histories(histories.item_ids, candidate_ids).check(self.num_items)
+        histories.check(self.num_items)
+        with self._loading:
+            self._rerank = self._rerank or self.load(RERANK_FILE)
+        found: list[np.ndarray] = [np.zeros(0, np.float32)] * len(histories)
+        windows = histories.item_ids.newest(int(self.signature["max_history"]))
+        for rows, width in self._batches(windows.lengths):
+            candidates = candidate_ids.select(rows)
+            widest = int(candidates.lengths.max(initial=0))
+            request = {
+                "item_ids": windows.select(rows).pad_left(width),
+                "exclude_ids": _exclusions(histories.select(rows), keep_history=bool(self.signature["keep_history"])),
+                "candidate_ids": candidates.pad_left(-(-widest // EXCLUDE_STEP) * EXCLUDE_STEP),
+            }
+            [scores] = self._rerank.run(None, request)
+            if np.isnan(scores).any():
+                raise nan_scores()
+            for row, own, length in zip(rows, scores, candidates.lengths, strict=True):
+                found[row] = own[len(own) - length :]
+        return found
+
+    def load(self, graph: str) -> Any:
+        """An ONNX Runtime session of another graph of the folder."""
+        return _session(self.folder / graph, self._provider, self._threads)
 
     def run(
         self, item_ids: Int64[np.ndarray, "batch history"], exclude_ids: Int64[np.ndarray, "batch excluded"]
@@ -77,6 +112,11 @@ class OnnxRecommender:
             rows = np.flatnonzero(widths == width)
             for start in range(0, len(rows), MAX_BATCH):
                 yield rows[start : start + MAX_BATCH], int(width)
+
+
+def nan_scores() -> CheckError:
+    """What a NaN is: an error, never a list."""
+    return CheckError("the graph gave NaN scores", remedy="slmcompress verify, and make the artefact again")
 
 
 def read_signature(folder: Path) -> dict[str, Any]:
@@ -147,11 +187,17 @@ def _session(graph: Path, provider: str, threads: int) -> Any:
 
 
 def _exclusions(histories: Histories, *, keep_history: bool) -> np.ndarray:
-    """Everything a user must not be given, each id once: the exclusions and, beyond the window too, the history."""
-    rows = [
-        np.unique(excluded if keep_history else np.concatenate([history, excluded]))
-        for history, excluded in zip(histories.item_ids, histories.exclude_ids, strict=True)
-    ]
-    ragged = Ragged.from_rows(rows)
+    """Everything a user must not be given: the exclusions and, beyond the window too, the history."""
+    return exclusions(
+        [
+            excluded if keep_history else np.concatenate([history, excluded])
+            for history, excluded in zip(histories.item_ids, histories.exclude_ids, strict=True)
+        ]
+    )
+
+
+def exclusions(rows: Sequence[np.ndarray]) -> Int64[np.ndarray, "batch excluded"]:
+    """Ids of each user once, padded to a multiple of 32."""
+    ragged = Ragged.from_rows([np.unique(row) for row in rows])
     longest = int(ragged.lengths.max(initial=0))
     return ragged.pad_left(-(-longest // EXCLUDE_STEP) * EXCLUDE_STEP)

@@ -66,7 +66,7 @@ def verify(path: Path) -> Verified:
     unlisted = [name for name in _names(path) if name not in listed]
     if unlisted:
         raise _failed(f"{unlisted[0]} is not listed in {MANIFEST}")
-    for graph in [path / GRAPH_FILE, *path.glob(f"triton/*/*/{GRAPH_FILE}/{GRAPH_FILE}")]:
+    for graph in [*sorted(path.glob("*.onnx")), *path.glob(f"triton/*/*/{GRAPH_FILE}/{GRAPH_FILE}")]:
         _require_data_inside(graph)
     made, here = artifact.manifest["versions"], library_versions()
     watched = ("onnxruntime", "numpy")

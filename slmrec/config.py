@@ -233,6 +233,8 @@ class ExportConfig:
     """Items returned; None = min(100, num_items). TensorRT's limit, 3840, holds for every graph."""
     keep_history: bool = False
     """Allow items of the history to be recommended again (repeat consumption)."""
+    append: bool | None = None
+    """A graph for one new item of a known user as well; None = where positions are compact, which alone allow it."""
     spare_items: float = 0.1
     """Room for items to come, as a share of the catalogue: `update-items` fills it without a new export."""
     opset: int = 20

@@ -1,0 +1,147 @@
+"""The graphs besides `recommend`: candidates' scores, and new items of users whose past is kept."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from forward import FAMILIES, expected_list, scores_of
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from export.onnx_export import export_model
+from export.runtime import OnnxRecommender
+from export.states import AppendingRecommender, StateStore, UserState
+from slmrec.config import ExportConfig
+from slmrec.errors import ConfigError, DataError
+from slmrec.ragged import Ragged
+from slmrec.recommender import Histories
+
+ROWS = [[1, 2, 3], [5], list(range(1, 15)), [4, 4, 9, 1, 2, 7, 3]]
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_model, tmp_path_factory):
+    model = tiny_model(prompt="slmrec", positions="compact").eval()
+    folder = tmp_path_factory.mktemp("graphs")
+    export_model(model, folder, ExportConfig())
+    return model, folder
+
+
+def test_candidates_get_the_scores_of_the_forward_in_their_order(pair):
+    model, folder = pair
+    candidates = [[20, 4, 18, 6], [5, 6], [15, 3], [8]]
+    found = OnnxRecommender(folder).rerank(Histories.of(Ragged.from_rows(ROWS)), Ragged.from_rows(candidates))
+    for history, wanted, scores in zip(ROWS, candidates, found, strict=True):
+        expected = scores_of(model, history[-10:])[np.array(wanted) - 1]
+        expected[np.isin(wanted, history)] = -np.inf
+        np.testing.assert_allclose(scores, expected, rtol=0, atol=2e-5 * np.abs(expected[np.isfinite(expected)]).max())
+
+
+def test_excluded_and_unknown_candidates_score_nothing_in_the_raw_graph(pair):
+    session = OnnxRecommender(pair[1]).load("rerank.onnx")
+    candidates = np.array([[-1, 0, 21, 2**40, 7, 8, 9]])
+    request = {"item_ids": np.array([[1, 2]]), "exclude_ids": np.array([[8, -5]]), "candidate_ids": candidates}
+    [scores] = session.run(None, request)
+    assert np.isfinite(scores[0]).tolist() == [False] * 4 + [True, False, True]
+    [free] = session.run(None, request | {"exclude_ids": np.zeros((1, 0), dtype=np.int64)})
+    assert np.isfinite(free[0]).tolist() == [False] * 4 + [True] * 3
+
+
+def test_candidates_that_do_not_exist_and_rows_that_are_missing_are_refused(pair):
+    graph, users = OnnxRecommender(pair[1]), Histories.of(Ragged.from_rows([[1], [2]]))
+    with pytest.raises(DataError, match="the id 21"):
+        graph.rerank(users, Ragged.from_rows([[21], [3]]))
+    with pytest.raises(DataError, match="2 histories but 1 rows"):
+        graph.rerank(users, Ragged.from_rows([[3]]))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.sampled_from(FAMILIES), st.sampled_from(["none", "prefix", "slmrec"]), st.booleans(), st.booleans(),
+    st.lists(st.integers(1, 20), min_size=2, max_size=12), st.lists(st.integers(1, 4), min_size=1, max_size=12),
+)  # fmt: skip
+def test_a_chain_of_appended_items_equals_the_forward_at_every_step(
+    tiny_model, tmp_path_factory, family, prompt, fold_prefix, newest_only, history, steps
+):
+    name, window = family
+    model = tiny_model(family=name, sliding_window=window, num_layers=2, prompt=prompt, positions="compact").eval()
+    folder = tmp_path_factory.mktemp("graphs")
+    export_model(model, folder, ExportConfig(fold_prefix=fold_prefix, newest_only=newest_only))
+    recommender = AppendingRecommender(folder, StateStore(max_bytes=2**20))
+    length = 0
+    for step in steps:
+        length = min(length + step, len(history))
+        seen = history[:length]
+        answer = recommender.recommend(Histories.of(Ragged.from_rows([seen])), 5)
+        _, scores = expected_list(scores_of(model, seen[-10:]), seen, 5)
+        np.testing.assert_allclose(answer.scores[0], scores, rtol=0, atol=2e-5 * np.abs(scores).max())
+
+
+def test_a_new_item_is_computed_alone(pair):
+    recommender = AppendingRecommender(pair[1], StateStore(max_bytes=2**20))
+    widths, session = [], recommender.session
+
+    class Watched:
+        def run(self, _, request):
+            widths.append((request["new_item"].shape[1], request["seen_ids"].shape[1]))
+            return session.run(None, request)
+
+    recommender.session = Watched()
+    for history in ([1, 2, 3], [1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4, 5, 6], [9, 2, 3, 4], list(range(1, 12))):
+        recommender.recommend(Histories.of(Ragged.from_rows([history])), 5)
+    assert widths == [(3, 0), (1, 3), (1, 3), (2, 4), (4, 0)]  # the last one is longer than the window
+
+
+def test_a_state_of_another_artefact_is_not_used(pair, tiny_model, tmp_path):
+    store = StateStore(max_bytes=2**20)
+    other = tiny_model(prompt="none", positions="compact").eval()
+    export_model(other, tmp_path, ExportConfig())
+    first, second = AppendingRecommender(pair[1], store), AppendingRecommender(tmp_path, store)
+    for history in ([1, 2, 3], [1, 2, 3, 4]):
+        users = Histories.of(Ragged.from_rows([history]))
+        for recommender in (first, second):
+            np.testing.assert_allclose(
+                recommender.recommend(users, 5).scores, recommender.full.recommend(users, 5).scores, rtol=1e-4
+            )
+
+
+def test_states_beyond_the_budget_go_and_answers_stay(pair):
+    model, folder = pair
+    store = StateStore(max_bytes=3000)  # two or three histories
+    recommender = AppendingRecommender(folder, store)
+    generator = np.random.default_rng(0)
+    histories = [generator.integers(1, 21, 6) for _ in range(8)]
+    for length in (4, 5, 6):
+        for history in histories:
+            answer = recommender.recommend(Histories.of(Ragged.from_rows([history[:length]])), 5)
+            _, scores = expected_list(scores_of(model, history[:length].tolist()), history[:length], 5)
+            np.testing.assert_allclose(answer.scores[0], scores, rtol=0, atol=2e-5 * np.abs(scores).max())
+            assert 0 < store.size_bytes <= 3000
+    large = UserState(np.zeros((1, 1, 400, 1), np.float32), np.zeros((1, 1, 400, 1), np.float32))
+    store.put(b"large", large)
+    assert store.get(b"large") is None
+
+
+def test_padded_positions_allow_no_appending(tiny_model, tmp_path):
+    model = tiny_model(prompt="none", positions="padded").eval()
+    with pytest.raises(ConfigError, match="every new item moves"):
+        export_model(model, tmp_path, ExportConfig(append=True))
+    export_model(model, tmp_path, ExportConfig())
+    assert OnnxRecommender(tmp_path).signature["graphs"] == ["model.onnx", "rerank.onnx"]
+    with pytest.raises(ConfigError, match=r"holds no append\.onnx"):
+        AppendingRecommender(tmp_path, StateStore(max_bytes=1000))
+
+
+def test_an_8_bit_chain_answers_as_the_whole_history_does(tiny_model, tmp_path):
+    from compress.int8 import quantize_model
+
+    model = quantize_model(tiny_model(prompt="slmrec", positions="compact")).eval()
+    export_model(model, tmp_path, replace(ExportConfig(), top_k=20))
+    recommender = AppendingRecommender(tmp_path, StateStore(max_bytes=2**20))
+    gaps = []
+    for length in range(1, 10):
+        users = Histories.of(Ragged.from_rows([[4, 9, 1, 2, 7, 3, 8, 6, 5][:length]]))
+        kept, full = recommender.recommend(users, 5).scores, recommender.full.recommend(users, 5).scores
+        gaps.append(np.abs(kept - full).max() / np.abs(full).max())
+    assert max(gaps) < 2e-2  # a rounding that falls on the other side
+    assert np.median(gaps) < 1e-5
