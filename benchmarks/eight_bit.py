@@ -16,12 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from graphs import as_graph
 from recording import record
 
 from compress.int8 import prepare, quantize_model
-from compress.item_table import Int8Table, certified_top_k
 from export.onnx_export import export_model
 from export.runtime import OnnxRecommender
 from slmrec.artifact import open_artifact
@@ -69,27 +67,22 @@ def decoder_bytes(model: DecoderModel) -> int:
     return sum(value.nbytes for name, value in model.state_dict().items() if name.startswith("decoder.layers"))
 
 
-@torch.inference_mode()
 def item_table(model: DecoderModel, data: Dataset) -> dict[str, Any]:
-    """How many lists of ten the 8-bit item table certifies, by candidates."""
+    """How many lists of the graph's length the 8-bit item table certifies, and whether they are those of the fp32 one."""
     cases = test_cases(data.sequences)
     rows = np.linspace(0, len(cases) - 1, min(len(cases), 2000)).astype(int)
-    windows = cases.histories.item_ids.select(rows).newest(model.max_history)
-    users = torch.cat([model(torch.from_numpy(row[None].copy()))[-1][:, -1] for row in windows])
-    assert model.user_proj is not None
-    vectors, table = model.user_proj(users), model.item_outputs()
-    excluded = torch.zeros(len(rows), len(table), dtype=torch.bool)
-    for place, row in enumerate(rows):
-        excluded[place, torch.from_numpy(cases.histories.exclude_ids[row] - 1)] = True
-    rounded = Int8Table.of(table)
-    exact = (vectors @ table.T).masked_fill(excluded, -torch.inf).topk(10, dim=1).indices + 1
-    coarse = rounded.scores(vectors).masked_fill(excluded, -torch.inf).topk(10, dim=1).indices + 1
-    found: dict[str, Any] = {"coarse_overlap@10": float(overlap(coarse.numpy(), exact.numpy()).mean())}
-    for candidates in (16, 32, 64, 128):
-        items, _, certified = certified_top_k(table, rounded, vectors, excluded, k=10, candidates=candidates)
-        found[f"{candidates} candidates"] = {
-            "certified": float(certified.float().mean()), "lists_equal": float((items == exact).all(1).float().mean()),
-        }  # fmt: skip
+    histories, found = cases.histories.select(rows), {}
+    with as_graph(model, int8_items=False) as plain, as_graph(model, int8_items=True) as rounded:
+        k = rounded.max_top_k
+        for length in (10, k):
+            one, other = (graph.recommend(histories, length) for graph in (plain, rounded))
+            found[f"top {length} equal"] = float((one.item_ids == other.item_ids).all(axis=1).mean())
+        windows = histories.item_ids.newest(model.max_history)
+        nobody = np.zeros((1, 0), dtype=np.int64)
+        certified = [
+            rounded.session.run(["certified"], {"item_ids": row[None], "exclude_ids": nobody})[0][0] for row in windows
+        ]
+        found[f"top {k} certified"] = float(np.mean(certified))
     return found
 
 
@@ -157,7 +150,7 @@ def measure(path: Path, data: Dataset, rounds: int, *, with_llm_int8: bool) -> d
         "migrated_groups": sum(one.strength > 0 for one in prepared.migrations),
         "groups": len(prepared.migrations),
         "decoder_bytes_of_fp32": decoder_bytes(eight) / decoder_bytes(model),
-        "item_table": item_table(model, data) if model.user_proj is not None else None,
+        "item_table": item_table(model, data),
     }
     histories = test_cases(data.sequences).histories
     some = histories.select(np.linspace(0, len(histories) - 1, COMPANY_USERS).astype(int))

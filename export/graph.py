@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import TensorProto
 
+from export.item_head import LEAST_BYTES, Head, certified_items, exact_items
 from export.linear import Linears, joined
 from export.runtime import ITEM_DATA
-from export.top_k import top_k
 from export.weights import LayerWeights, LinearWeights, ServingWeights
 from export.writer import MICROSOFT, GraphWriter, Value, ints
 from slmrec.config import ExportConfig
@@ -423,18 +423,25 @@ def _user_vectors(graph: GraphWriter, weights: ServingWeights, states: Value) ->
 def _best_items(
     graph: GraphWriter, weights: ServingWeights, config: ExportConfig, users: Value, masked: list[Value]
 ) -> None:
-    """The outputs `top_items` and `top_scores`."""
-    items = weights.items
-    outputs, offsets = (graph.constant(values, ITEM_DATA) for values in (items.outputs, items.offsets))
-    scores = graph.op("Gemm", users, outputs, offsets, transB=1)
+    """The outputs `top_items` and `top_scores`; with an 8-bit item table also `certified`."""
     ids = graph.op("Concat", *masked, axis=1) if len(masked) > 1 else masked[0]
-    nothing = graph.op("Expand", np.array(-np.inf, dtype=np.float32), graph.op("Shape", ids))
-    scores = graph.op("ScatterElements", scores, ids, nothing, axis=1)
-    k = min(config.top_k or 100, items.count)
-    best, found = top_k(graph, scores, items.rows, k, block_max=config.block_max)
+    k = min(config.top_k or 100, weights.items.count)
+    head = Head(graph, weights.items, users, ids, k, config.block_max)
+    if uses_int8_items(weights, config):
+        best, found, certified = certified_items(head)
+        graph.output(certified, "certified", "bool", ["batch"])
+    else:
+        best, found = exact_items(head)
     empty = graph.op("Equal", best, np.array(-np.inf, dtype=np.float32))
     graph.output(graph.op("Where", empty, np.array(0), found), "top_items", "int64", ["batch", "k"])
     graph.output(graph.op("Add", best, _poison(graph, users)), "top_scores", "float32", ["batch", "k"])
+
+
+def uses_int8_items(weights: ServingWeights, config: ExportConfig) -> bool:
+    """Whether items are scored by an 8-bit table first: as asked or, by default, where the fp32 one is large."""
+    if config.int8_items is None:
+        return weights.items.outputs.nbytes >= LEAST_BYTES
+    return config.int8_items
 
 
 def _poison(graph: GraphWriter, users: Value) -> Value:

@@ -103,7 +103,8 @@ class OnnxRecommender:
         self, item_ids: Int64[np.ndarray, "batch history"], exclude_ids: Int64[np.ndarray, "batch excluded"]
     ) -> tuple[np.ndarray, np.ndarray]:
         """The raw graph on padded ids: items int64 and scores float32, both [batch, top_k]."""
-        found, best = self.session.run(None, {"item_ids": item_ids, "exclude_ids": exclude_ids})
+        request = {"item_ids": item_ids, "exclude_ids": exclude_ids}
+        found, best = self.session.run(["top_items", "top_scores"], request)
         return found, best
 
     def _batches(self, lengths: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:

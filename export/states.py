@@ -13,6 +13,7 @@ from export.runtime import APPEND_FILE, OnnxRecommender, exclusions, nan_scores
 from slmrec.errors import ConfigError
 from slmrec.recommender import PAD, Histories, TopK, check_top_k
 
+OUTPUTS = ["top_items", "top_scores", "new_keys", "new_values"]
 MOST_NEW_ITEMS = 8
 """A state is looked for that lacks at most this many of the newest items."""
 
@@ -120,7 +121,7 @@ class AppendingRecommender:
             "past_keys": state.keys[None], "past_values": state.values[None],
             "exclude_ids": exclusions([excluded]),
         }  # fmt: skip
-        found, best, keys, values = self.session.run(None, request)
+        found, best, keys, values = self.session.run(OUTPUTS, request)
         if np.isnan(best).any():
             raise nan_scores()
         whole = UserState(

@@ -26,8 +26,17 @@ def top_k(graph: GraphWriter, scores: Value, columns: int, k: int, *, block_max:
     largest = graph.op("ReduceMax", blocks, ints(2), keepdims=0)
     _, chosen = graph.ops("TopK", 2, largest, ints(k), axis=1)
     chosen, _ = graph.ops("TopK", 2, chosen, ints(k), axis=1, largest=0)
-    gathered = graph.op("GatherND", blocks, graph.op("Unsqueeze", chosen, ints(2)), batch_dims=1)
-    best, places = graph.ops("TopK", 2, graph.op("Reshape", gathered, ints(0, k * BLOCK)), ints(k), axis=1)
+    gathered = graph.op("Reshape", block_values(graph, blocks, chosen), ints(0, k * BLOCK))
+    best, places = graph.ops("TopK", 2, gathered, ints(k), axis=1)
+    return best, top_places(graph, chosen, places)
+
+
+def block_values(graph: GraphWriter, blocks: Value, chosen: Value) -> Value:
+    """The chosen blocks of each row, [batch, chosen, BLOCK]."""
+    return graph.op("GatherND", blocks, graph.op("Unsqueeze", chosen, ints(2)), batch_dims=1)
+
+
+def top_places(graph: GraphWriter, chosen: Value, places: Value) -> Value:
+    """Columns of the whole row, of places in the chosen blocks one after the other."""
     block = graph.op("GatherElements", chosen, graph.op("Div", places, np.array(BLOCK)), axis=1)
-    offset = graph.op("Mod", places, np.array(BLOCK))
-    return best, graph.op("Add", graph.op("Mul", block, np.array(BLOCK)), offset)
+    return graph.op("Add", graph.op("Mul", block, np.array(BLOCK)), graph.op("Mod", places, np.array(BLOCK)))

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -44,6 +45,8 @@ class GraphWriter:
         self.outputs: list[Any] = []
         self._known: dict[tuple[Any, ...], str] = {}
         self._made: dict[bytes, list[Value]] = {}
+        self._domains: set[str] = set()
+        self._numbers = itertools.count()
 
     def input(self, name: str, kind: str, shape: Sequence[int | str]) -> Value:
         """An input of the graph."""
@@ -81,11 +84,33 @@ class GraphWriter:
         node = helper.make_node(kind, names, [], domain=domain, **attributes)
         key = node.SerializeToString(deterministic=True)
         if key not in self._made:
-            self._made[key] = [f"{kind}_{len(self.nodes)}_{number}" for number in range(num_outputs)]
+            self._made[key] = [f"{kind}_{next(self._numbers)}" for _ in range(num_outputs)]
+            self._domains.add(domain)
             node.output.extend(self._made[key])
             node.name = self._made[key][0]
             self.nodes.append(node)
         return self._made[key]
+
+    def branch(self) -> "GraphWriter":
+        """A part of the graph that `ops_if` computes or not; it may read every value of the graph so far."""
+        part = GraphWriter(self.opset)
+        part.constants, part._known, part._numbers = self.constants, self._known, self._numbers
+        part._made = dict(self._made)
+        return part
+
+    def ops_if(
+        self,
+        condition: Value,
+        then: tuple["GraphWriter", Sequence[Value]],
+        other: tuple["GraphWriter", Sequence[Value]],
+    ) -> list[Value]:
+        """The values of one branch or of the other."""
+        branches = []
+        for name, (part, values) in (("then", then), ("else", other)):
+            outputs = [helper.make_empty_tensor_value_info(value) for value in values]
+            branches.append(helper.make_graph(part.nodes, name, [], outputs))
+            self._domains |= part._domains
+        return self.ops("If", len(then[1]), condition, then_branch=branches[0], else_branch=branches[1])
 
     def shape(self, *parts: Value | int) -> Value:
         """A shape of known sizes and of computed ones, which are int64 tensors of one element."""
@@ -103,7 +128,7 @@ class GraphWriter:
         ]
         graph = helper.make_graph(self.nodes, "slmcompress", self.inputs, self.outputs, tensors)
         opsets = [helper.make_opsetid("", self.opset)]
-        if any(node.domain == MICROSOFT for node in self.nodes):
+        if MICROSOFT in self._domains:
             opsets.append(helper.make_opsetid(MICROSOFT, 1))
         return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="slmcompress")
 

@@ -1,96 +1,119 @@
-"""Lists from the 8-bit item table are those of the fp32 table, however alike the items are."""
+"""Lists by the 8-bit item table are those of the fp32 table, however alike the items are."""
 
 import numpy as np
+import onnxruntime as ort
 import pytest
-import torch
 
-from compress.item_table import Int8Table, certified_top_k
-from slmrec.errors import ConfigError
+from export.item_head import Head, Int8Items, certified_items, exact_items
+from export.onnx_export import export_model
+from export.runtime import OnnxRecommender
+from export.weights import ItemWeights
+from export.writer import GraphWriter
+from slmrec.config import ExportConfig
+from slmrec.ragged import Ragged
+from slmrec.recommender import Histories
+
+KINDS = ("random", "near duplicates", "one large entry", "constant rows", "biases")
 
 
-def table_and_users(kind):
-    generator = torch.Generator().manual_seed(0)
-    table = torch.randn(2000, 64, generator=generator)
+def items_and_users(kind, rows=128 * 60):
+    generator = np.random.default_rng(0)
+    table = generator.normal(size=(rows, 64))
+    users = generator.normal(size=(40, 64))
+    offsets = np.zeros(rows)
     if kind == "near duplicates":  # hundreds of items whose scores differ in the last digits alone
-        table = table[:20].repeat(100, 1) + 1e-5 * torch.randn(2000, 64, generator=generator)
+        table = np.tile(table[:20], (rows // 20, 1)) + 1e-5 * table
     if kind == "one large entry":
         table[:, 0] += 50
-    users = torch.randn(70, 64, generator=generator)
     if kind == "constant rows":  # rounding of long sums all in one direction, and scores that almost tie
-        table = (1 + 1e-4 * torch.randn(2000, 1, generator=generator)).expand(2000, 1024).contiguous()
-        users = (1 + torch.rand(70, 1, generator=generator)).expand(70, 1024).contiguous()
-    return table, users
-
-
-def exact_lists(table, users, excluded, k):
-    scores = (users.double() @ table.double().T).numpy()
-    scores[excluded.numpy()] = -np.inf
-    return np.argsort(-scores, axis=1, kind="stable")[:, :k] + 1, -np.sort(-scores, axis=1)[:, :k]
-
-
-@pytest.mark.parametrize("kind", ["random", "near duplicates", "one large entry", "constant rows"])
-@pytest.mark.parametrize("candidates", [10, 40, 500, 2000])
-def test_lists_are_exact_whatever_the_candidates(kind, candidates):
-    table, users = table_and_users(kind)
-    excluded = torch.rand(70, 2000, generator=torch.Generator().manual_seed(1)) < 0.05
-    items, scores, certified = certified_top_k(
-        table, Int8Table.of(table), users, excluded, k=10, candidates=candidates
+        table = np.repeat(1 + 1e-4 * generator.normal(size=(rows, 1)), 512, axis=1)
+        users = np.repeat(1 + generator.random((40, 1)), 512, axis=1)
+    if kind == "biases":
+        offsets = 3 * generator.normal(size=rows)
+    offsets[0], offsets[-50:] = -np.inf, -np.inf
+    weights = ItemWeights(
+        count=rows - 51, table=np.zeros((rows, 1), np.float32), projection=None,
+        outputs=table.astype(np.float32), offsets=offsets.astype(np.float32), user_proj=None,
     )  # fmt: skip
-    wanted, best = exact_lists(table, users, excluded, 10)
-    np.testing.assert_allclose(scores.numpy(), best, rtol=1e-5, atol=1e-4)
-    own = (users.double() @ table.double().T).gather(1, items - 1).numpy()
-    np.testing.assert_allclose(own, best, rtol=1e-5, atol=1e-4)  # near duplicates may trade places within rounding
-    if kind == "random":
-        assert (items.numpy() == wanted).all()
-    full = (users @ table.T).masked_fill(excluded, -torch.inf)
-    for row in certified.nonzero()[:, 0].tolist():
-        left = full[row].clone()
-        left[items[row] - 1] = -torch.inf
-        rounding = Int8Table.of(table).rounding * users[row].norm()
-        assert left.max() <= scores[row, -1] + rounding, "what is left out of a certified list scores no better"
-    if candidates == 2000:
-        assert certified.all()
+    return weights, users.astype(np.float32)
+
+
+def answers(weights, k, way):
+    """The head alone as a graph of user vectors and excluded ids."""
+    graph = GraphWriter(opset=20)
+    users = graph.input("users", "float32", ["batch", weights.outputs.shape[1]])
+    masked = graph.input("masked", "int64", ["batch", "n"])
+    found = way(Head(graph, weights, users, masked, k, True))
+    for value, (name, kind) in zip(found, (("scores", "float32"), ("items", "int64"), ("certified", "bool"))):
+        graph.output(value, name, kind, ["batch", "k"] if name != "certified" else ["batch"])
+    session = ort.InferenceSession(graph.model().SerializeToString())
+    return lambda users, masked: session.run(None, {"users": users, "masked": masked})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("k", [1, 10, 100])
+def test_lists_are_those_of_the_whole_table(kind, k):
+    weights, users = items_and_users(kind)
+    masked = np.random.default_rng(1).integers(1, weights.count + 1, (len(users), 300))
+    scores, items, certified = answers(weights, k, certified_items)(users, masked)
+    exact = users.astype(np.float64) @ weights.outputs.T.astype(np.float64) + weights.offsets
+    np.put_along_axis(exact, masked, -np.inf, axis=1)
+    best = -np.sort(-exact, axis=1)[:, :k]
+    scale = np.abs(best).max()
+    np.testing.assert_allclose(scores, best, rtol=0, atol=2e-6 * scale)
+    own = np.take_along_axis(exact, items, axis=1)
+    np.testing.assert_allclose(own, best, rtol=0, atol=2e-6 * scale)  # near duplicates trade places within rounding
+    assert all(len(set(row)) == k for row in items.tolist())
+    if kind in ("random", "biases"):
+        assert (items == np.argsort(-exact, axis=1, kind="stable")[:, :k]).all()
+        assert certified.mean() > 0.9
+    if kind == "near duplicates":
+        assert not certified.any()
+
+
+def test_a_user_gets_the_same_bits_whoever_shares_the_batch_certified_or_not():
+    weights, users = items_and_users("random")
+    near = items_and_users("near duplicates")[0].outputs
+    outputs = weights.outputs.copy()
+    outputs[: len(outputs) // 2] = near[: len(outputs) // 2] * 0.3
+    answer = answers(ItemWeights(**vars(weights) | {"outputs": outputs}), 10, certified_items)
+    masked = np.zeros((len(users), 1), dtype=np.int64)
+    together = answer(users, masked)
+    for row in range(len(users)):
+        alone = answer(users[[row]], masked[[row]])
+        assert (alone[1][0] == together[1][row]).all()
+        assert (alone[0][0] == together[0][row]).all()
+
+
+@pytest.mark.parametrize("way", [certified_items, exact_items])
+def test_where_all_but_a_few_are_excluded_the_tail_is_minus_infinity(way):
+    weights, users = items_and_users("random")
+    masked = np.repeat(np.arange(5, weights.count + 1)[None], len(users), axis=0)
+    scores, items = answers(weights, 10, way)(users, masked)[:2]
+    assert all(set(row[:4]) == {1, 2, 3, 4} for row in items.tolist())
+    assert (scores[:, 4:] == -np.inf).all()
 
 
 def test_bounds_hold_and_are_not_idle():
-    table, users = table_and_users("random")
-    rounded = Int8Table.of(table)
-    gaps = (rounded.scores(users).double() - users.double() @ table.double().T).abs()
-    bounds = users.norm(dim=1, keepdim=True) * rounded.error
+    weights, users = items_and_users("random")
+    table = Int8Items.of(weights.outputs)
+    rounded = table.values.T.astype(np.float64) * table.scale[:, None]
+    gaps = np.abs(users.astype(np.float64) @ (rounded - weights.outputs).T)
+    bounds = np.linalg.norm(users, axis=1)[:, None] * table.error
     assert (gaps <= bounds).all()
     assert gaps.max() > 0.1 * bounds.mean()
+    assert (np.linalg.norm(rounded, axis=1) <= table.length).all()
 
 
-def test_enough_candidates_certify_and_too_few_do_not():
-    table, users = table_and_users("random")
-    nothing = torch.zeros(70, 2000, dtype=torch.bool)
-    shares = [
-        float(certified_top_k(table, Int8Table.of(table), users, nothing, k=10, candidates=c)[2].float().mean())
-        for c in (10, 60)
-    ]
-    assert shares[0] < 0.5
-    assert shares[1] > 0.95
-
-
-def test_fewer_candidates_than_items_asked_for_are_refused():
-    table, users = table_and_users("random")
-    nothing = torch.zeros(70, 2000, dtype=torch.bool)
-    with pytest.raises(ConfigError, match="9 candidates cannot hold the best 10"):
-        certified_top_k(table, Int8Table.of(table), users, nothing, k=10, candidates=9)
-
-
-def test_ties_fall_to_the_smaller_id():
-    table = torch.ones(50, 4)
-    nothing = torch.zeros(3, 50, dtype=torch.bool)
-    items, _, certified = certified_top_k(table, Int8Table.of(table), torch.ones(3, 4), nothing, k=5, candidates=20)
-    assert items.tolist() == [[1, 2, 3, 4, 5]] * 3
-    assert not certified.any()
-
-
-def test_an_excluded_item_is_never_a_candidate():
-    table, users = table_and_users("random")
-    excluded = torch.zeros(70, 2000, dtype=torch.bool)
-    best = certified_top_k(table, Int8Table.of(table), users, excluded, k=1, candidates=50)[0][:, 0]
-    excluded[torch.arange(70), best - 1] = True
-    items, _, _ = certified_top_k(table, Int8Table.of(table), users, excluded, k=5, candidates=50)
-    assert not (items == best[:, None]).any()
+@pytest.mark.parametrize("head", ["tied", "linear"])
+def test_a_model_with_an_8_bit_item_table_answers_as_without(tiny_model, tmp_path, head):
+    model = tiny_model(prompt="none", num_items=3000, head=head).eval()
+    users = Histories.of(Ragged.from_rows([[1, 2, 3], [7], [2000, 5, 2999, 3000]]))
+    found = []
+    for flag in (False, True):
+        folder = tmp_path / str(flag)
+        folder.mkdir()
+        export_model(model, folder, ExportConfig(int8_items=flag))
+        found.append(OnnxRecommender(folder).recommend(users, 20))
+    assert (found[0].item_ids == found[1].item_ids).all()
+    np.testing.assert_allclose(found[0].scores, found[1].scores, rtol=0, atol=2e-5 * np.abs(found[0].scores).max())

@@ -82,9 +82,9 @@ def test_a_new_item_is_computed_alone(pair):
     widths, session = [], recommender.session
 
     class Watched:
-        def run(self, _, request):
+        def run(self, outputs, request):
             widths.append((request["new_item"].shape[1], request["seen_ids"].shape[1]))
-            return session.run(None, request)
+            return session.run(outputs, request)
 
     recommender.session = Watched()
     for history in ([1, 2, 3], [1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4, 5, 6], [9, 2, 3, 4], list(range(1, 12))):

@@ -27,6 +27,7 @@ RECOMMENDS = ("checkpoint", "graph", "bundle")
 @click.option("--fold-items/--no-fold-items", default=True, help="Item vectors are projected at export.")
 @click.option("--join-projections/--no-join-projections", default=True, help="Queries, keys, values in one product.")
 @click.option("--fuse-kernels/--no-fuse-kernels", default=True, help="ONNX Runtime's own operations; else ONNX alone.")
+@click.option("--int8-items/--no-int8-items", default=None, help="8-bit item table, exact lists  [default: if large]")
 @click.option("--block-max/--no-block-max", default=True, help="Top items by way of the maxima of blocks.")
 @click.option("--trt", is_flag=True, help="A TensorRT engine beside the graph (not in this version).")
 @model_option

@@ -1,0 +1,64 @@
+"""A contestant of `serving_speed.py` in the project's own environment: an exported graph, or Hugging Face in eager.
+
+    python benchmarks/contestant.py graph FOLDER
+    python benchmarks/contestant.py eager FOLDER [--compile]
+
+Eager reads a folder of `plain_folder` in `serving_speed.py`: a decoder whose vocabulary is instruction, response and
+items, and `head.npz`.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from contest import answer
+
+TOP_K = 100
+
+
+def graph(folder: Path) -> None:
+    """An exported graph, called as the runtime calls it."""
+    from export.runtime import OnnxRecommender
+
+    recommender = OnnxRecommender(folder)
+    nobody = np.zeros((1, 0), dtype=np.int64)
+
+    def call(item_ids: np.ndarray) -> np.ndarray:
+        return recommender.run(item_ids, np.repeat(nobody, len(item_ids), axis=0))[0]
+
+    answer(call, {"precision": recommender.signature["precision"]})
+
+
+def eager(folder: Path, *, compiled: bool) -> None:
+    """A transformers decoder, the item head and top-K of PyTorch."""
+    import torch
+    from transformers import AutoModel
+
+    from export.runtime import usable_cores
+
+    torch.set_num_threads(usable_cores())
+    decoder = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    run = torch.compile(decoder) if compiled else decoder
+    with np.load(folder / "head.npz") as stored:
+        head = {name: torch.from_numpy(stored[name]) for name in ("user_proj", "outputs")}
+        before, after = int(stored["prefix_length"]), int(stored["suffix_length"])
+
+    @torch.inference_mode()
+    def call(item_ids: np.ndarray) -> np.ndarray:
+        items = torch.from_numpy(item_ids)
+        texts = torch.arange(before + after).expand(len(items), -1)
+        words = torch.cat([texts[:, :before], items + (before + after - 1), texts[:, before:]], dim=1)
+        state = run(input_ids=words, use_cache=False).last_hidden_state[:, -1]
+        scores = (state @ head["user_proj"]) @ head["outputs"].T
+        scores.scatter_(1, items - 1, -torch.inf)
+        return scores.topk(TOP_K).indices.numpy() + 1  # type: ignore[no-any-return]
+
+    answer(call)
+
+
+if __name__ == "__main__":
+    kind, path = sys.argv[1], Path(sys.argv[2])
+    if kind == "graph":
+        graph(path)
+    else:
+        eager(path, compiled="--compile" in sys.argv)

@@ -1,0 +1,178 @@
+"""How fast the serving graph is: against its peers, and what each of its transformations gives.
+
+    python benchmarks/serving_speed.py peers
+    python benchmarks/serving_speed.py ablation
+
+The first layers of SmolLM2 with the paper's prompt, a full window of 30 items, a catalogue of Beauty's size (12,101
+items of 64 dimensions; random vectors), two threads. Contestants answer in turn, each in a process of its own; ratios
+are those of one round, their median and spread over rounds.
+"""
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from contest import Contestant, contest, ratios
+from recording import record
+
+from compress.int8 import quantize_model
+from export.onnx_export import export_model
+from slmrec.config import ExportConfig, RecipeConfig
+from slmrec.metrics import overlap
+from slmrec.models.decoder import DecoderModel, DecoderSpec, decoder_settings
+from slmrec.models.prompt import prompt_embeddings
+from slmrec.train_teacher import load_backbone
+
+NUM_ITEMS, ITEM_DIM, WINDOW, TEACHER_LAYERS = 12_101, 64, 30, 30
+TRANSFORMATIONS = ("fold_prefix", "newest_only", "fold_items", "join_projections", "fuse_kernels", "block_max")
+HERE = Path(__file__).parent
+
+
+def student(num_layers: int) -> DecoderModel:
+    """A decoder recommender of pretrained layers and a random item table."""
+    backbone = load_backbone("smollm2-135m", num_layers)
+    prefix, suffix = prompt_embeddings(backbone.folder, backbone.embeddings, "slmrec")
+    torch.manual_seed(0)
+    spec = DecoderSpec(
+        decoder=decoder_settings(backbone.decoder.config, num_layers),
+        recipe=RecipeConfig(prompt="slmrec", titles="none", supervision="last"), num_items=NUM_ITEMS, item_dim=ITEM_DIM,
+        max_history=WINDOW, prefix_length=len(prefix), suffix_length=len(suffix), has_titles=False,
+        backbone=backbone.name,
+    )  # fmt: skip
+    model = DecoderModel(spec)
+    weights = {name: value for name, value in backbone.decoder.state_dict().items() if "embed_tokens" not in name}
+    model.decoder.load_state_dict(weights)
+    with torch.no_grad():
+        model.prefix.copy_(prefix)
+        model.suffix.copy_(suffix)
+        model.item_table.weight.normal_()
+        model.item_proj.weight.mul_(backbone.token_rms / model.item_proj.weight.std() / ITEM_DIM**0.5)
+    return model.eval()
+
+
+@torch.no_grad()
+def plain_folder(model: DecoderModel, folder: Path) -> Path:
+    """The model as any toolchain takes it: a transformers decoder over words and items, and its head."""
+    from transformers import AutoConfig, AutoModel
+
+    if (folder / "head.npz").exists():
+        return folder
+    vectors = model.item_inputs(torch.arange(1, NUM_ITEMS + 1))
+    words = torch.cat([model.prefix, model.suffix, vectors])
+    config = AutoConfig.for_model(**dict(model.spec.decoder) | {"vocab_size": len(words)})
+    decoder = AutoModel.from_config(config, dtype=torch.float32)
+    decoder.load_state_dict({**model.decoder.state_dict(), "embed_tokens.weight": words})
+    decoder.save_pretrained(folder)
+    written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    written["rope_theta"] = model.spec.decoder["rope_theta"]  # where transformers 4 reads it
+    (folder / "config.json").write_text(json.dumps(written), encoding="utf-8")
+    assert model.user_proj is not None
+    np.savez(
+        folder / "head.npz", user_proj=model.user_proj.weight.T.numpy(), outputs=model.item_outputs().numpy(),
+        prefix_length=len(model.prefix), suffix_length=len(model.suffix),
+    )  # fmt: skip
+    return folder
+
+
+def graph_folder(model: DecoderModel, folder: Path, **settings: bool) -> Path:
+    """An exported graph of the model."""
+    if not (folder / "signature.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        export_model(model, folder, replace(ExportConfig(append=False), **settings))  # type: ignore[arg-type]
+    return folder
+
+
+def write_requests(folder: Path, batch_sizes: list[int]) -> dict[str, Path]:
+    """Random full windows, 32 batches of each size."""
+    generator, paths = np.random.default_rng(0), {}
+    for size in batch_sizes:
+        rows = generator.random((32, size, NUM_ITEMS)).argpartition(WINDOW, axis=2)[..., :WINDOW] + 1
+        paths[f"batch {size}"] = folder / f"requests-{size}.npz"
+        np.savez(paths[f"batch {size}"], item_ids=rows.astype(np.int64))
+    return paths
+
+
+def own(*arguments: object) -> Contestant:
+    """A contestant of this environment."""
+    return Contestant([sys.executable, str(HERE / "contestant.py"), *map(str, arguments)])
+
+
+def foreign(peer: str, *arguments: object) -> Contestant:
+    """A contestant of a peer's environment, see `peers/README.md`."""
+    home = HERE / "peers" / peer
+    command = [str(home / ".venv/bin/python"), str(home / "contestant.py"), *map(str, arguments)]
+    return Contestant(command, os.environ | {"PYTHONPATH": str(HERE)})
+
+
+def peers(runs: Path) -> dict[str, Contestant]:
+    """Who runs against the graphs."""
+    whole = student(4)
+    plain = plain_folder(whole, runs / "plain-4")
+    return {
+        "teacher, 30 layers, eager": own("eager", plain_folder(student(TEACHER_LAYERS), runs / "plain-30")),
+        "eager": own("eager", plain),
+        "torch.compile": own("eager", plain, "--compile"),
+        "optimum-onnx, fp32": foreign("optimum", plain, "fp32"),
+        "optimum-onnx, int8": foreign("optimum", plain, "int8"),
+        "OpenVINO, fp32": foreign("openvino", plain, "fp32"),
+        "OpenVINO, int8": foreign("openvino", plain, "int8"),
+        "graph, fp32": own("graph", graph_folder(whole, runs / "fp32")),
+        "graph, 8-bit": own("graph", graph_folder(quantize_model(whole), runs / "int8")),
+    }
+
+
+def ablation(runs: Path) -> dict[str, Contestant]:
+    """Each transformation alone, and all but each."""
+    model, none = student(4), dict.fromkeys(TRANSFORMATIONS, False)
+    settings: dict[str, dict[str, bool]] = {"none": none, "all": {}}
+    for name in TRANSFORMATIONS:
+        settings[f"{name} alone"] = none | {name: True}
+        settings[f"all but {name}"] = {name: False}
+    folders = {name: graph_folder(model, runs / name.replace(" ", "-"), **flags) for name, flags in settings.items()}
+    eight = quantize_model(model)
+    folders["all, 8-bit"] = graph_folder(eight, runs / "int8")
+    folders["all but fuse_kernels, 8-bit"] = graph_folder(eight, runs / "int8-unfused", fuse_kernels=False)
+    return {name: own("graph", folder) for name, folder in folders.items()}
+
+
+def main() -> None:
+    """Let them run, print and record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["peers", "ablation"])
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--runs", type=Path, default=Path("runs/serving"))
+    arguments = parser.parse_args()
+    arguments.runs.mkdir(parents=True, exist_ok=True)
+    sizes = [1, 32] if arguments.what == "peers" else [1, 8]
+    requests = write_requests(arguments.runs, sizes)
+    contestants = (peers if arguments.what == "peers" else ablation)(arguments.runs)
+    baseline = "eager" if arguments.what == "peers" else "none"
+    calls = {size: 10 if size == "batch 1" else 2 for size in requests}
+    medians = contest(contestants, requests, arguments.rounds, calls)
+    lists = {name: one.lists(requests[f"batch {sizes[-1]}"]) for name, one in contestants.items()}
+    for contestant in contestants.values():
+        contestant.close()
+    result: dict[str, Any] = {
+        "baseline": baseline, "rounds": arguments.rounds,
+        "ratios": {size: ratios(found, baseline) for size, found in medians.items()},
+        "overlap@10": {name: float(overlap(found, lists[baseline]).mean()) for name, found in lists.items()},
+    }  # fmt: skip
+    if arguments.what == "peers":
+        result["graph, 8-bit, against"] = {
+            size: {name: ratios(found, name)["graph, 8-bit"] for name in found} for size, found in medians.items()
+        }
+        result["graph, fp32, against"] = {
+            size: {name: ratios(found, name)["graph, fp32"] for name in found} for size, found in medians.items()
+        }
+    record(f"serving_{arguments.what}", result)
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
