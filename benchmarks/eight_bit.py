@@ -68,7 +68,7 @@ def decoder_bytes(model: DecoderModel) -> int:
 
 
 def item_table(model: DecoderModel, data: Dataset) -> dict[str, Any]:
-    """How many lists of the graph's length the 8-bit item table certifies, and whether they are those of the fp32 one."""
+    """How many lists the 8-bit item table certifies, and whether they are those of the fp32 one."""
     cases = test_cases(data.sequences)
     rows = np.linspace(0, len(cases) - 1, min(len(cases), 2000)).astype(int)
     histories, found = cases.histories.select(rows), {}

@@ -44,7 +44,9 @@ def answers(weights, k, way):
     users = graph.input("users", "float32", ["batch", weights.outputs.shape[1]])
     masked = graph.input("masked", "int64", ["batch", "n"])
     found = way(Head(graph, weights, users, masked, k, True))
-    for value, (name, kind) in zip(found, (("scores", "float32"), ("items", "int64"), ("certified", "bool"))):
+    for value, (name, kind) in zip(
+        found, (("scores", "float32"), ("items", "int64"), ("certified", "bool")), strict=False
+    ):
         graph.output(value, name, kind, ["batch", "k"] if name != "certified" else ["batch"])
     session = ort.InferenceSession(graph.model().SerializeToString())
     return lambda users, masked: session.run(None, {"users": users, "masked": masked})
