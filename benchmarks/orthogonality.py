@@ -11,6 +11,7 @@ and is not within it; else undecided. User metrics are averaged over seeds first
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ import numpy as np
 from cells import cell
 from graphs import as_graph
 from recording import RESULTS, record
+from slmrec_table import recipes
 
 from compress.int8 import prepare, quantize_model
 from compress.prune import prune
 from slmrec.artifact import Artifact, canonical_hash, open_artifact
 from slmrec.compress_config import CalibrationConfig, ImportanceConfig, PruneConfig
-from slmrec.config import TrainConfig, settings_of
+from slmrec.config import settings_of
 from slmrec.dataset import Dataset, load_dataset
 from slmrec.evaluate import TEST_PROTOCOL, evaluate
 from slmrec.metrics import bootstrap_means, ndcg
@@ -55,17 +57,15 @@ def in_8_bits(artifact: Artifact, data: Dataset, seed: int) -> dict[str, Any]:
     return ranked(quantize_model(prepared.model), data)
 
 
-def pruning(artifact: Artifact, seed: int, batch_size: int) -> PruneConfig:
-    """One layer less, chosen by ranking damage, healed for an epoch."""
-    rates = {"learning_rate": 3e-4, "item_learning_rate": 1e-3}
+def pruning(artifact: Artifact, name: str, seed: int) -> PruneConfig:
+    """One layer less, chosen by ranking damage, healed for an epoch as students of this data set are trained."""
+    train = replace(recipes(name, seed)[2].train, epochs=1)
     return PruneConfig(
-        num_layers=load_decoder(artifact).num_layers - 1,
-        importance=ImportanceConfig(seed=seed),
-        train=TrainConfig(epochs=1, batch_size=batch_size, warmup_steps=20, seed=seed, **rates),  # type: ignore[arg-type]
+        num_layers=load_decoder(artifact).num_layers - 1, importance=ImportanceConfig(seed=seed), train=train
     )
 
 
-def measure(runs: Path, data: Dataset, seed: int, batch_size: int) -> Users:
+def measure(runs: Path, data: Dataset, seed: int) -> Users:
     """NDCG@10 of each test user by model and compression, of one seed; a model that the seed lacks is left out."""
     at = runs / f"seed-{seed}"
     found: Users = {}
@@ -73,7 +73,7 @@ def measure(runs: Path, data: Dataset, seed: int, batch_size: int) -> Users:
         if not (at / name).exists():
             continue
         artifact, cells = open_artifact(at / name), at / "cells"
-        config = pruning(artifact, seed, batch_size)
+        config = pruning(artifact, runs.name.removeprefix("table-"), seed)
         smaller, _ = prune(artifact, data, at / f"{name} pruned", config)
         jobs = {
             "fp32": (artifact, False), "8-bit": (artifact, True),
@@ -179,8 +179,7 @@ def main() -> None:
     for runs in arguments.runs:
         data = load_dataset(runs / "data")
         name = runs.name.removeprefix("table-")
-        batch_size = 16 if name == "ml-100k" else 64
-        by_seed = [measure(runs, data, int(seed), batch_size) for seed in arguments.seeds.split(",")]
+        by_seed = [measure(runs, data, int(seed)) for seed in arguments.seeds.split(",")]
         users = averaged(by_seed)
         results[name] = {
             "num_users": len(users["teacher", "fp32"]),
