@@ -7,7 +7,6 @@ from onnx import TensorProto
 
 from export.item_head import LEAST_BYTES, Head, certified_items, exact_items
 from export.linear import Linears, joined
-from export.runtime import ITEM_DATA
 from export.weights import LayerWeights, LinearWeights, ServingWeights
 from export.writer import MICROSOFT, GraphWriter, Value, ints
 from slmrec.config import ExportConfig
@@ -63,9 +62,7 @@ class DecoderGraph:
     def known(self, ids: Value) -> Value:
         """Ids outside 1..num_items become 0, as padding is; ONNX would read -1 as the last row."""
         graph = self.graph
-        # two numbers, for ONNX Runtime merges single ones that are equal, and cannot where one lies in a file
-        count = graph.constant(ints(0, self.weights.items.count), ITEM_DATA)
-        limit = graph.op("ReduceMax", count, keepdims=0)
+        limit = graph.op("ReduceMax", graph.item_constant("count", self.weights.items.array("count")), keepdims=0)
         inside = graph.op(
             "And", graph.op("Greater", ids, np.array(0, dtype=np.int64)), graph.op("LessOrEqual", ids, limit)
         )
@@ -147,12 +144,12 @@ class DecoderGraph:
 
     def item_vectors(self, item_ids: Value) -> Value:
         """What the decoder reads of items, [batch, history, hidden]."""
-        items = self.weights.items
-        vectors = self.graph.op("Gather", self.graph.constant(items.table, ITEM_DATA), item_ids)
-        if items.projection is None:
+        projection = self.weights.projection
+        vectors = self.graph.op("Gather", self.graph.item_constant("table", self.weights.items.table), item_ids)
+        if projection is None:
             return vectors
-        assert items.projection.bias is not None
-        return self.graph.op("Add", self.graph.op("MatMul", vectors, items.projection.weight), items.projection.bias)
+        assert projection.bias is not None
+        return self.graph.op("Add", self.graph.op("MatMul", vectors, projection.weight), projection.bias)
 
     def _layer(
         self, number: int, layer: LayerWeights, tokens: Tokens, stream: tuple[Value, Value | None], newest_only: bool
@@ -367,9 +364,11 @@ def rerank_graph(weights: ServingWeights, config: ExportConfig) -> GraphWriter:
     seen, excluded = (decoder.known(value) for value in _request(graph))
     candidates = decoder.known(graph.input("candidate_ids", "int64", ["batch", "candidates"]))
     users = _user_vectors(graph, weights, decoder.user_states(seen)[0])
-    vectors = graph.op("Gather", graph.constant(weights.items.outputs, ITEM_DATA), candidates)
+    vectors = graph.op("Gather", graph.item_constant("outputs", weights.items.outputs), candidates)
     scores = graph.op("Squeeze", graph.op("MatMul", vectors, graph.op("Unsqueeze", users, ints(2))), ints(2))
-    scores = graph.op("Add", scores, graph.op("Gather", graph.constant(weights.items.offsets, ITEM_DATA), candidates))
+    scores = graph.op(
+        "Add", scores, graph.op("Gather", graph.item_constant("offsets", weights.items.offsets), candidates)
+    )
     masked = graph.op("Concat", excluded, seen, axis=1) if not config.keep_history else excluded
     equal = graph.op("Equal", graph.op("Unsqueeze", candidates, ints(2)), graph.op("Unsqueeze", masked, ints(1)))
     # a sum: the largest of no values is undefined, and nothing may be excluded
@@ -416,7 +415,7 @@ def _request(graph: GraphWriter) -> list[Value]:
 
 def _user_vectors(graph: GraphWriter, weights: ServingWeights, states: Value) -> Value:
     """What item outputs are compared with, [batch, width]."""
-    projection = weights.items.user_proj
+    projection = weights.user_proj
     return states if projection is None else graph.op("MatMul", states, projection)
 
 

@@ -9,13 +9,12 @@ import torch
 from jaxtyping import Float32, Int8
 from torch import Tensor, nn
 
+from export.items import ROW_STEP, ItemWeights
 from slmrec.errors import ConfigError
 from slmrec.models.decoder import DecoderModel
 from slmrec.models.layers import Int8Linear, Int8WeightLinear
 from slmrec.models.prompt import Layout
 
-ROW_STEP = 128
-"""Tables have a multiple of this many rows, which is the block of the block-max top-K."""
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
 
@@ -70,32 +69,16 @@ class LayerWeights:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ItemWeights:
-    """Catalogue and head. Tables have a row per internal id: 0 is padding, those after the last item are spare."""
-
-    count: int
-    """Items 1..count exist."""
-    table: Float32[np.ndarray, "rows dim"]
-    """What the decoder reads of an item: after `projection` if there is one."""
-    projection: LinearWeights | None
-    outputs: Float32[np.ndarray, "rows width"]
-    offsets: Float32[np.ndarray, " rows"]
-    """Added to an item's score: its bias, or -inf where it must not be recommended."""
-    user_proj: Float32[np.ndarray, "hidden width"] | None
-
-    @property
-    def rows(self) -> int:
-        """Rows of the tables, padding and spare ones included."""
-        return len(self.offsets)
-
-
-@dataclass(frozen=True, kw_only=True)
 class ServingWeights:
     """All of a recommender."""
 
     layout: Layout
     hidden_size: int
     items: ItemWeights
+    projection: LinearWeights | None
+    """From what the item table holds to what the decoder reads; None where the table holds just that."""
+    user_proj: Float32[np.ndarray, "hidden width"] | None
+    """From the decoder's state to what items are compared with; None where they are compared with the state."""
     layers: tuple[LayerWeights, ...]
     norm: NormWeights
     prefix: Float32[np.ndarray, "prefix hidden"]
@@ -137,6 +120,8 @@ def serving_weights(model: DecoderModel, *, fold_items: bool = True, spare_items
         layout=layout,
         hidden_size=model.hidden_size,
         items=_items(model, fold_items=fold_items, spare_items=spare_items),
+        projection=None if _folds_items(model, fold_items=fold_items) else _linear(model.item_proj),
+        user_proj=None if model.user_proj is None else _array(model.user_proj.weight.T),
         layers=tuple(_layer(layer, keys[number], values[number]) for number, layer in enumerate(model.decoder.layers)),
         norm=_norm(model.decoder.norm),
         prefix=_array(model.prefix),
@@ -170,21 +155,23 @@ def _prefix_cache(model: DecoderModel) -> tuple[list[np.ndarray], list[np.ndarra
     return [_array(layer.keys[0]) for layer in cache.layers], [_array(layer.values[0]) for layer in cache.layers]
 
 
+def _folds_items(model: DecoderModel, *, fold_items: bool) -> bool:
+    """Titles are always folded: what they add has no table of its own in the graph."""
+    return fold_items or model.titles is not None
+
+
 def _items(model: DecoderModel, *, fold_items: bool, spare_items: float) -> ItemWeights:
     head, count = model.item_head, model.num_items
-    if fold_items or model.titles is not None:
-        table, projection = model.item_inputs(torch.arange(count + 1))[1:], None
-    else:
-        table, projection = model.item_table.weight[1:], _linear(model.item_proj)
+    folds = _folds_items(model, fold_items=fold_items)
+    table = model.item_inputs(torch.arange(1, count + 1)) if folds else model.item_table.weight[1:]
     bias = np.zeros(count, dtype=np.float32) if head is None else _array(head.bias)
     rows = -(-(1 + count + math.ceil(count * spare_items)) // ROW_STEP) * ROW_STEP
     return ItemWeights(
         count=count,
         table=_padded(_array(table), rows, 0),
-        projection=projection,
         outputs=_padded(_array(model.item_outputs() if head is None else head.weight), rows, 0),
         offsets=_padded(bias, rows, -np.inf),
-        user_proj=None if model.user_proj is None else _array(model.user_proj.weight.T),
+        has_biases=head is not None,
     )
 
 

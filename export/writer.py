@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, external_data_helper, helper, numpy_helper
 
-from export.runtime import DECODER_DATA
+from export.runtime import DECODER_DATA, ITEM_DATA
 
 MICROSOFT = "com.microsoft"
 """ONNX Runtime's own operations."""
@@ -43,7 +43,6 @@ class GraphWriter:
         self.constants: dict[str, tuple[np.ndarray, str]] = {}
         self.inputs: list[Any] = []
         self.outputs: list[Any] = []
-        self._known: dict[tuple[Any, ...], str] = {}
         self._made: dict[bytes, list[Value]] = {}
         self._domains: set[str] = set()
         self._numbers = itertools.count()
@@ -58,19 +57,18 @@ class GraphWriter:
         self.nodes.append(helper.make_node("Identity", [value], [name]))
         self.outputs.append(helper.make_tensor_value_info(name, KINDS[kind], shape))
 
-    def constant(self, array: np.ndarray, file: str = DECODER_DATA) -> Value:
-        """A constant; ones of the same content are one.
+    def constant(self, array: np.ndarray) -> Value:
+        """A constant; ones of the same content are one. Large ones go into the decoder's data file."""
+        digest = hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
+        return self._add(f"constant_{array.dtype}_{'x'.join(map(str, array.shape))}_{digest[:16]}", array, DECODER_DATA)
 
-        Args:
-            array: its values.
-            file: the data file it goes into if it is large; into another than the decoder's it goes whatever its size,
-                so that it can be replaced without touching the graph.
-        """
-        key = (array.dtype.str, array.shape, hashlib.sha256(np.ascontiguousarray(array).data).digest(), file)
-        if key not in self._known:
-            self._known[key] = f"constant_{len(self.constants)}"
-            self.constants[self._known[key]] = (array, file)
-        return self._known[key]
+    def item_constant(self, name: str, array: np.ndarray) -> Value:
+        """A constant that follows the catalogue: in the items' data file under its own name, to be replaced there."""
+        return self._add(f"items.{name}", array, ITEM_DATA)
+
+    def _add(self, name: str, array: np.ndarray, file: str) -> Value:
+        self.constants.setdefault(name, (array, file))
+        return name
 
     def op(self, kind: str, *inputs: Value | np.ndarray | None, domain: str = "", **attributes: Any) -> Value:
         """An operation with one output; arrays among its inputs become constants, None an input left out."""
@@ -94,7 +92,7 @@ class GraphWriter:
     def branch(self) -> "GraphWriter":
         """A part of the graph that `ops_if` computes or not; it may read every value of the graph so far."""
         part = GraphWriter(self.opset)
-        part.constants, part._known, part._numbers = self.constants, self._known, self._numbers
+        part.constants, part._numbers = self.constants, self._numbers
         part._made = dict(self._made)
         return part
 
@@ -138,14 +136,14 @@ class GraphWriter:
 
 def save_graphs(graphs: Mapping[str, GraphWriter], folder: Path) -> None:
     """Write graphs by file name, and their data files; constants that several graphs have are there once."""
-    files: dict[str, _DataFile] = {}
+    files: dict[str, DataFile] = {}
     try:
         for name, graph in graphs.items():
             outside = {}
             for constant, (array, file) in graph.constants.items():
                 if array.nbytes > INLINE_BYTES or file != DECODER_DATA:
                     if file not in files:
-                        files[file] = _DataFile(folder / file)
+                        files[file] = DataFile(folder / file)
                     outside[constant] = files[file].add(constant, array)
             _write(folder / name, graph.model(outside).SerializeToString(deterministic=True))
     finally:
@@ -153,26 +151,25 @@ def save_graphs(graphs: Mapping[str, GraphWriter], folder: Path) -> None:
             data.close()
 
 
-class _DataFile:
-    """Constants one after the other; the same content is written once."""
+class DataFile:
+    """Constants one after the other; the same name is written once."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file: BinaryIO = path.open("wb")
-        self._places: dict[tuple[Any, ...], int] = {}
+        self._places: dict[str, int] = {}
 
     def add(self, name: str, array: np.ndarray) -> onnx.TensorProto:
         """A tensor that refers to the file."""
         content = np.ascontiguousarray(array)
-        key = (array.dtype.str, array.shape, hashlib.sha256(content.data).digest())
-        if key not in self._places:
+        if name not in self._places:
             with _naming(self.path):
                 self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
-                self._places[key] = self._file.tell()
+                self._places[name] = self._file.tell()
                 self._file.write(content.data)
         tensor = onnx.TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(array.dtype), dims=array.shape)
         tensor.raw_data = b"\0"  # set_external_data insists on some
-        external_data_helper.set_external_data(tensor, self.path.name, self._places[key], content.nbytes)
+        external_data_helper.set_external_data(tensor, self.path.name, self._places[name], content.nbytes)
         tensor.ClearField("raw_data")
         tensor.data_location = onnx.TensorProto.EXTERNAL
         return tensor

@@ -1,13 +1,15 @@
 """Lists by the 8-bit item table are those of the fp32 table, however alike the items are."""
 
+from dataclasses import replace
+
 import numpy as np
 import onnxruntime as ort
 import pytest
 
-from export.item_head import Head, Int8Items, certified_items, exact_items
+from export.item_head import Head, certified_items, exact_items
+from export.items import Int8Items, ItemWeights
 from export.onnx_export import export_model
 from export.runtime import OnnxRecommender
-from export.weights import ItemWeights
 from export.writer import GraphWriter
 from slmrec.config import ExportConfig
 from slmrec.ragged import Ragged
@@ -32,8 +34,8 @@ def items_and_users(kind, rows=128 * 60):
         offsets = 3 * generator.normal(size=rows)
     offsets[0], offsets[-50:] = -np.inf, -np.inf
     weights = ItemWeights(
-        count=rows - 51, table=np.zeros((rows, 1), np.float32), projection=None,
-        outputs=table.astype(np.float32), offsets=offsets.astype(np.float32), user_proj=None,
+        count=rows - 51, table=np.zeros((rows, 1), np.float32), outputs=table.astype(np.float32),
+        offsets=offsets.astype(np.float32), has_biases=kind == "biases",
     )  # fmt: skip
     return weights, users.astype(np.float32)
 
@@ -78,7 +80,7 @@ def test_a_user_gets_the_same_bits_whoever_shares_the_batch_certified_or_not():
     near = items_and_users("near duplicates")[0].outputs
     outputs = weights.outputs.copy()
     outputs[: len(outputs) // 2] = near[: len(outputs) // 2] * 0.3
-    answer = answers(ItemWeights(**vars(weights) | {"outputs": outputs}), 10, certified_items)
+    answer = answers(replace(weights, outputs=outputs), 10, certified_items)
     masked = np.zeros((len(users), 1), dtype=np.int64)
     together = answer(users, masked)
     for row in range(len(users)):
