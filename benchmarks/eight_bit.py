@@ -158,9 +158,12 @@ def measure(path: Path, data: Dataset, rounds: int, *, with_llm_int8: bool) -> d
         paths = {"fp32": Path(folder) / "fp32", "8-bit": Path(folder) / "int8"}
         for graph_path, source in zip(paths.values(), (model, eight), strict=True):
             graph_path.mkdir()
-            export_model(source.eval(), graph_path, ExportConfig())
+            export_model(source.eval(), graph_path, ExportConfig(append=False))
             data.items.save(graph_path)
-        dynamic = quantized_dynamically(paths["fp32"], Path(folder) / "dynamic")
+        plain = Path(folder) / "plain"  # quantize_dynamic knows standard operations alone
+        plain.mkdir()
+        export_model(model, plain, ExportConfig(append=False, fuse_kernels=False))
+        dynamic = quantized_dynamically(plain, Path(folder) / "dynamic")
         found["company"] = {name: company(p, some) for name, p in (paths | {"quantize_dynamic": dynamic}).items()}
         found["speed"] = speed(paths, some, rounds)
         found["graph_bytes"] = {name: sum(f.stat().st_size for f in p.iterdir()) for name, p in paths.items()}
