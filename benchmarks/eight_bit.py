@@ -10,14 +10,14 @@ in turns, and the fp32 graph quantized by ONNX Runtime's own `quantize_dynamic`:
 import argparse
 import json
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from contest import contest, ratios
 from graphs import as_graph
 from recording import record
+from serving_speed import own
 
 from compress.int8 import prepare, quantize_model
 from export.onnx_export import export_model
@@ -108,28 +108,19 @@ def quantized_dynamically(source: Path, target: Path) -> Path:
     return target
 
 
-def speed(paths: dict[str, Path], histories: Histories, rounds: int) -> dict[str, Any]:
-    """Seconds a request and a batch of 32 take, in turns; ratios of fp32 to 8-bit round by round."""
-    graphs = {name: OnnxRecommender(path) for name, path in paths.items()}
-    batch = histories.select(np.arange(32) % len(histories))
-    calls: dict[str, Callable[[OnnxRecommender, int], object]] = {
-        "batch 1": lambda graph, turn: graph.recommend(histories.select(np.array([turn % len(histories)])), 10),
-        "batch 32": lambda graph, _: graph.recommend(batch, 10),
-    }
-    found: dict[str, Any] = {}
-    for size, call in calls.items():
-        seconds: dict[str, list[float]] = {name: [] for name in graphs}
-        for turn in range(rounds + 3):
-            for name, graph in graphs.items():
-                start = time.perf_counter()
-                call(graph, turn)
-                if turn >= 3:
-                    seconds[name].append(time.perf_counter() - start)
-        ratios = np.array(seconds["fp32"]) / np.array(seconds["8-bit"])
-        low, median, high = np.percentile(ratios, [10, 50, 90]).tolist()
-        medians = {name: 1000 * float(np.median(values)) for name, values in seconds.items()}
-        found[size] = {"fp32_over_8bit": {"p10": low, "median": median, "p90": high}, "median_ms": medians}
-    return found
+def speed(paths: dict[str, Path], histories: Histories, window: int, rounds: int) -> dict[str, Any]:
+    """Times of a request and of a batch of 32 with the longest histories, each graph in a process of its own."""
+    longest = histories.select(np.argsort(-histories.item_ids.lengths, kind="stable")[:32])
+    item_ids = longest.item_ids.newest(window).pad_left(window)
+    requests = {}
+    for size, batches in (("batch 1", item_ids[:, None]), ("batch 32", item_ids[None])):
+        requests[size] = paths["fp32"].parent / f"{size}.npz"
+        np.savez(requests[size], item_ids=batches)
+    contestants = {name: own("graph", path) for name, path in paths.items()}
+    medians = contest(contestants, requests, rounds, {"batch 1": 10, "batch 32": 3})
+    for contestant in contestants.values():
+        contestant.close()
+    return {size: ratios(found, "fp32") for size, found in medians.items()}
 
 
 def measure(path: Path, data: Dataset, rounds: int, *, with_llm_int8: bool) -> dict[str, Any]:
@@ -165,7 +156,7 @@ def measure(path: Path, data: Dataset, rounds: int, *, with_llm_int8: bool) -> d
         export_model(model, plain, ExportConfig(append=False, fuse_kernels=False))
         dynamic = quantized_dynamically(plain, Path(folder) / "dynamic")
         found["company"] = {name: company(p, some) for name, p in (paths | {"quantize_dynamic": dynamic}).items()}
-        found["speed"] = speed(paths, some, rounds)
+        found["speed"] = speed(paths, histories, model.max_history, rounds)
         found["graph_bytes"] = {name: sum(f.stat().st_size for f in p.iterdir()) for name, p in paths.items()}
     return found
 
@@ -175,7 +166,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path)
     parser.add_argument("--models", default="teacher,SLMRec")
-    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--llm-int8", action=argparse.BooleanOptionalAction, default=True, help="slow on a CPU")
     arguments = parser.parse_args()
     data = load_dataset(arguments.runs / "data")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from export.card import model_card
+from export.items import PROJECTION_FILE
 from export.parity import PARITY_FILE, ParityRule
 from export.runtime import DATA_FILES, SIGNATURE_FILE, OnnxRecommender, read_signature
 from export.triton import write_triton
@@ -17,6 +18,8 @@ from slmrec.catalogue import ITEMS_FILE, load_catalogue, require_same_catalogue
 from slmrec.dataset import Dataset
 from slmrec.errors import DataError
 from slmrec.locks import one_run_at_a_time
+from slmrec.ragged import Ragged
+from slmrec.recommender import Histories, TopK
 from slmrec.sequences import test_cases
 
 SUMS_FILE, GOLDEN_FILE, RULE_FILE, BENCHMARK_FILE = "SHA256SUMS", "golden.npz", "rule.json", "benchmark.json"
@@ -58,7 +61,7 @@ def bundle(
         return open_artifact(output), True
     with publish(output, stage, finish=write_sums) as folder:
         graphs = read_signature(graph.path)["graphs"]
-        for name in (*graphs, *DATA_FILES, SIGNATURE_FILE, ITEMS_FILE, PARITY_FILE):
+        for name in (*graphs, *DATA_FILES, SIGNATURE_FILE, ITEMS_FILE, PROJECTION_FILE, PARITY_FILE):
             if (graph.path / name).exists():
                 shutil.copyfile(graph.path / name, folder / name)
         write_golden(folder, data)
@@ -71,13 +74,17 @@ def bundle(
 
 
 def write_golden(folder: Path, data: Dataset) -> None:
-    """Real requests of all lengths and the graph's own answers; arrays only, no user ids, no pickles."""
+    """Real requests of all lengths and the graph's own answers."""
     cases = test_cases(data.sequences)
     order = np.argsort(cases.histories.item_ids.lengths, kind="stable")
     rows = order[np.unique(np.linspace(0, len(order) - 1, MAX_GOLDEN).astype(np.int64))]
     histories = cases.histories.select(rows)
     recommender = OnnxRecommender(folder)
-    answer = recommender.recommend(histories, min(recommender.max_top_k, recommender.num_items))
+    save_golden(folder, histories, recommender.recommend(histories, min(recommender.max_top_k, recommender.num_items)))
+
+
+def save_golden(folder: Path, histories: Histories, answer: TopK) -> None:
+    """Write requests and answers: arrays only, no user ids, no pickles."""
     np.savez(
         folder / GOLDEN_FILE,
         item_ids=histories.item_ids.values,
@@ -87,6 +94,16 @@ def write_golden(folder: Path, data: Dataset) -> None:
         top_items=answer.item_ids,
         top_scores=answer.scores,
     )
+
+
+def stored_golden(folder: Path) -> tuple[Histories, TopK]:
+    """Requests and answers as `save_golden` wrote them."""
+    with np.load(folder / GOLDEN_FILE, allow_pickle=False) as stored:
+        golden = dict(stored)
+    histories = Histories(
+        Ragged(golden["item_ids"], golden["item_offsets"]), Ragged(golden["exclude_ids"], golden["exclude_offsets"])
+    )
+    return histories, TopK(golden["top_items"], golden["top_scores"])
 
 
 def write_sums(folder: Path) -> None:

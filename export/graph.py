@@ -358,7 +358,10 @@ def recommend_graph(weights: ServingWeights, config: ExportConfig) -> GraphWrite
 
 
 def rerank_graph(weights: ServingWeights, config: ExportConfig) -> GraphWriter:
-    """Signature `rerank`: the scores of given candidates; -inf for 0, for unknown and for excluded ones."""
+    """Signature `rerank`: the scores of given candidates; -inf for 0, for unknown and for excluded ones.
+
+    The user vectors they are products of go out as well.
+    """
     graph = GraphWriter(config.opset)
     decoder = DecoderGraph(graph, weights, config)
     seen, excluded = (decoder.known(value) for value in _request(graph))
@@ -376,6 +379,7 @@ def rerank_graph(weights: ServingWeights, config: ExportConfig) -> GraphWriter:
     gone = graph.op("Greater", hits, np.array(0, dtype=np.int32))
     scores = graph.op("Where", gone, np.array(-np.inf, dtype=np.float32), scores)
     graph.output(graph.op("Add", scores, _poison(graph, users)), "scores", "float32", ["batch", "candidates"])
+    graph.output(users, "user_vectors", "float32", ["batch", weights.items.outputs.shape[1]])
     return graph
 
 

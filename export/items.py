@@ -3,10 +3,15 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float32, Int8
 
+from export.runtime import ITEM_DATA, read_signature
+
+PROJECTION_FILE = "item_projection.npz"
+"""From an item's own vector to what the decoder reads of it; for items that join later."""
 ROW_STEP = 128
 """Tables have a multiple of this many rows, which is the block of the block-max top-K."""
 UNIT = 2.0**-24
@@ -95,6 +100,60 @@ class Int8Items:
             longest = max(longest, float(norms[0].max(initial=0)))
         rounding = np.array(2 * allowance * longest, dtype=np.float32)
         return cls(values=values, scale=scale, error=error, length=length, rounding=rounding)
+
+
+def read_items(folder: Path) -> ItemWeights:
+    """The item tables of a graph or bundle; large ones are mapped, not read."""
+    places = item_places(folder)
+
+    def array(name: str) -> np.ndarray:
+        place = places[name]
+        return np.memmap(folder / ITEM_DATA, place.dtype, "r", place.offset, place.shape)
+
+    return ItemWeights(
+        count=int(array("count")[1]), table=array("table"), outputs=array("outputs"), offsets=array("offsets"),
+        has_biases=read_signature(folder)["head"] == "linear",
+    )  # fmt: skip
+
+
+def write_items(folder: Path, items: ItemWeights) -> None:
+    """Put other tables of the same shapes into the place of a folder's: its graphs stay as they are.
+
+    The file is written anew: where it is a link to another folder's, that one keeps its own.
+    """
+    target = folder / ITEM_DATA
+    places = item_places(folder)
+    target.unlink(missing_ok=True)
+    with target.open("wb") as file:
+        for name, place in sorted(places.items(), key=lambda entry: entry[1].offset):
+            array = items.array(name)
+            assert (array.dtype, array.shape) == (place.dtype, place.shape), name
+            file.seek(place.offset)
+            file.write(np.ascontiguousarray(array).data)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a table lies in the items' data file."""
+
+    offset: int
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+
+def item_places(folder: Path) -> dict[str, Place]:
+    """Tables by name, as all graphs of a folder refer to them."""
+    import onnx
+    from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+
+    found = {}
+    for name in read_signature(folder)["graphs"]:
+        for tensor in onnx.load(folder / name, load_external_data=False).graph.initializer:
+            if uses_external_data(tensor) and ExternalDataInfo(tensor).location == ITEM_DATA:
+                dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
+                offset = int(ExternalDataInfo(tensor).offset or 0)
+                found[tensor.name.removeprefix("items.")] = Place(offset, dtype, tuple(tensor.dims))
+    return found
 
 
 def _slices(rows: int) -> Iterator[slice]:

@@ -3,7 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from export.graph import append_graph, recommend_graph, rerank_graph
+from export.items import PROJECTION_FILE
 from export.parity import PARITY_FILE, check_parity
 from export.runtime import APPEND_FILE, GRAPH_FILE, RERANK_FILE, SIGNATURE_FILE, OnnxRecommender
 from export.weights import ServingWeights, serving_weights
@@ -60,6 +63,10 @@ def export_model(model: DecoderModel, folder: Path, config: ExportConfig) -> Non
     if config.append or (config.append is None and compact):
         graphs[APPEND_FILE] = append_graph(weights, config)
     save_graphs(graphs, folder)
+    projection = model.item_proj
+    np.savez(
+        folder / PROJECTION_FILE, weight=projection.weight.detach().T.numpy(), bias=projection.bias.detach().numpy()
+    )
     write_json(folder / SIGNATURE_FILE, signature(weights, config, list(graphs)))
 
 
@@ -77,6 +84,7 @@ def signature(weights: ServingWeights, config: ExportConfig, graphs: list[str]) 
         "graphs": graphs,
         "keys_and_values": [len(weights.layers), weights.layers[0].kv_heads, weights.layers[0].head_dim],
         "capacity": weights.items.rows - 1,
+        "head": "linear" if weights.items.has_biases else "tied",
         "top_k": min(config.top_k or 100, weights.items.count),
         "num_items": weights.items.count,
         "max_history": window,

@@ -120,8 +120,9 @@ def _require_near_ties(expected: TopK, actual: TopK, rule: ParityRule) -> None:
         known = dict(zip(expected.item_ids[row].tolist(), expected.scores[row].tolist(), strict=True))
         worst = float(expected.scores[row, -1])
         for item, score in zip(actual.item_ids[row].tolist(), actual.scores[row].tolist(), strict=True):
-            if not abs(known.get(item, worst) - score) <= limit:
-                raise _unequal(f"item {item} of row {row} has the score {score}, expected {known.get(item, worst)}")
+            wanted = known.get(item, worst)
+            if wanted != score and not abs(wanted - score) <= limit:  # -inf equals -inf and is no distance from it
+                raise _unequal(f"item {item} of row {row} has the score {score}, expected {wanted}")
 
 
 def _require_equal_ndcg(one: TopK, other: TopK, targets: np.ndarray, rule: ParityRule) -> None:

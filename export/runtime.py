@@ -76,8 +76,7 @@ class OnnxRecommender:
         """
         Histories(histories.item_ids, candidate_ids).check(self.num_items)
         histories.check(self.num_items)
-        with self._loading:
-            self._rerank = self._rerank or self.load(RERANK_FILE)
+        session = self._reranker()
         found: list[np.ndarray] = [np.zeros(0, np.float32)] * len(histories)
         windows = histories.item_ids.newest(int(self.signature["max_history"]))
         for rows, width in self._batches(windows.lengths):
@@ -88,12 +87,30 @@ class OnnxRecommender:
                 "exclude_ids": _exclusions(histories.select(rows), keep_history=bool(self.signature["keep_history"])),
                 "candidate_ids": candidates.pad_left(-(-widest // EXCLUDE_STEP) * EXCLUDE_STEP),
             }
-            [scores] = self._rerank.run(None, request)
+            [scores] = session.run(["scores"], request)
             if np.isnan(scores).any():
                 raise nan_scores()
             for row, own, length in zip(rows, scores, candidates.lengths, strict=True):
                 found[row] = own[len(own) - length :]
         return found
+
+    def user_vectors(self, histories: Histories) -> Float32[np.ndarray, "users width"]:
+        """What item outputs are multiplied by: scores are the products, plus offsets."""
+        histories.check(self.num_items)
+        windows, nobody = histories.item_ids.newest(int(self.signature["max_history"])), np.zeros((1, 0), np.int64)
+        rows: list[np.ndarray] = [np.zeros(0, np.float32)] * len(histories)
+        for batch, width in self._batches(windows.lengths):
+            none = np.repeat(nobody, len(batch), axis=0)
+            request = {"item_ids": windows.select(batch).pad_left(width), "exclude_ids": none, "candidate_ids": none}
+            [vectors] = self._reranker().run(["user_vectors"], request)
+            for row, vector in zip(batch, vectors, strict=True):
+                rows[row] = vector
+        return np.stack(rows)
+
+    def _reranker(self) -> Any:
+        with self._loading:
+            self._rerank = self._rerank or self.load(RERANK_FILE)
+        return self._rerank
 
     def load(self, graph: str) -> Any:
         """An ONNX Runtime session of another graph of the folder."""

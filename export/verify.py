@@ -6,15 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from export.bundle import GOLDEN_FILE, RULE_FILE, SUMS_FILE, sums
+from export.bundle import RULE_FILE, SUMS_FILE, stored_golden, sums
 from export.parity import Parity, ParityRule, compare
 from export.runtime import DATA_FILES, GRAPH_FILE, OnnxRecommender
 from slmrec.artifact import MANIFEST, library_versions, open_artifact
 from slmrec.errors import ArtifactError, CheckError
-from slmrec.ragged import Ragged
-from slmrec.recommender import Histories, TopK
+from slmrec.recommender import TopK
 
 
 @dataclass
@@ -115,12 +112,7 @@ def _require_data_inside(graph: Path) -> None:
 
 def _golden(path: Path) -> Parity:
     rule = ParityRule(**json.loads((path / RULE_FILE).read_text(encoding="utf-8")))
-    with np.load(path / GOLDEN_FILE, allow_pickle=False) as stored:
-        golden = dict(stored)
-    histories = Histories(
-        Ragged(golden["item_ids"], golden["item_offsets"]), Ragged(golden["exclude_ids"], golden["exclude_offsets"])
-    )
-    expected = TopK(golden["top_items"], golden["top_scores"])
+    histories, expected = stored_golden(path)
     actual = OnnxRecommender(path).recommend(histories, expected.item_ids.shape[1])
     first = slice(None, 10)
     return compare(

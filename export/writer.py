@@ -136,14 +136,14 @@ class GraphWriter:
 
 def save_graphs(graphs: Mapping[str, GraphWriter], folder: Path) -> None:
     """Write graphs by file name, and their data files; constants that several graphs have are there once."""
-    files: dict[str, DataFile] = {}
+    files: dict[str, _DataFile] = {}
     try:
         for name, graph in graphs.items():
             outside = {}
             for constant, (array, file) in graph.constants.items():
                 if array.nbytes > INLINE_BYTES or file != DECODER_DATA:
                     if file not in files:
-                        files[file] = DataFile(folder / file)
+                        files[file] = _DataFile(folder / file)
                     outside[constant] = files[file].add(constant, array)
             _write(folder / name, graph.model(outside).SerializeToString(deterministic=True))
     finally:
@@ -151,7 +151,7 @@ def save_graphs(graphs: Mapping[str, GraphWriter], folder: Path) -> None:
             data.close()
 
 
-class DataFile:
+class _DataFile:
     """Constants one after the other; the same name is written once."""
 
     def __init__(self, path: Path) -> None:

@@ -81,6 +81,29 @@ def bundle(
     print_result(made(*result), made_text(*result), as_json=as_json)
 
 
+@click.command("update-items")
+@click.argument("path", metavar="BUNDLE", type=click.Path(path_type=Path))
+@click.option("--items", type=click.Path(path_type=Path), help="New items: .parquet or .jsonl.")
+@click.option("--retire", type=click.Path(path_type=Path), help="Text file of ids never to be recommended again.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The new bundle.")
+@common_options
+def update_items(
+    path: Path, items: Path | None, retire: Path | None, output: Path, device: str, seed: int, as_json: bool,
+    force: bool,
+) -> None:  # fmt: skip
+    """Let items join and leave the catalogue of a BUNDLE, without retraining and without a new export.
+
+    A new item has an `item` id, a `title` if known, and either `similar` (ids whose mean it becomes) or its own
+    `vector`. What was measured on the old catalogue does not go along.
+    """
+    parent = choose(path, "bundle", "slmcompress bundle", "bundle")
+    from export.update import update_items as run
+    from slmrec.cli.stages import made, made_text
+
+    result = run(parent, output, items=items, retire=retire, force=force)
+    print_result(made(*result), made_text(*result), as_json=as_json)
+
+
 @click.command()
 @click.argument("path", required=False, type=click.Path(path_type=Path))
 @common_options

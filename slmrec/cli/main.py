@@ -55,7 +55,7 @@ def main(runs: Path | None) -> None:
 for command in (
     demo.demo, doctor.doctor, data.data, train.train_items, train.train_teacher, importing.import_teacher,
     distilling.distill, shrinking.importance, shrinking.prune, shrinking.sensitivity, shrinking.quantize,
-    artifacts.export, artifacts.bundle, artifacts.verify,
+    artifacts.export, artifacts.bundle, artifacts.update_items, artifacts.verify,
     artifacts.recommend, bench.evaluate, bench.benchmark,
 ):  # fmt: skip
     main.add_command(command)

@@ -1,0 +1,220 @@
+"""update-items: items join and leave a bundle's catalogue; its decoder stays as it is."""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from export.bundle import BENCHMARK_FILE, GOLDEN_FILE, SUMS_FILE, save_golden, stored_golden, write_sums
+from export.card import model_card
+from export.items import PROJECTION_FILE, ItemWeights, read_items, write_items
+from export.parity import PARITY_FILE, Parity, ParityRule, compare
+from export.runtime import ITEM_DATA, SIGNATURE_FILE, OnnxRecommender, read_signature
+from export.triton import write_triton
+from slmrec.artifact import MANIFEST, Artifact, Stage, file_sha256, is_up_to_date, open_artifact, publish, write_json
+from slmrec.catalogue import ITEMS_FILE, Catalogue, load_catalogue
+from slmrec.errors import ConfigError, DataError
+from slmrec.locks import one_run_at_a_time
+from slmrec.ragged import Ragged
+from slmrec.recommender import Histories, TopK
+
+LEFT_BEHIND = {
+    ITEM_DATA, SIGNATURE_FILE, ITEMS_FILE, GOLDEN_FILE, BENCHMARK_FILE, PARITY_FILE, SUMS_FILE, MANIFEST, "README.md",
+}  # fmt: skip
+"""Files of a bundle that are made anew, or that were measured on the old catalogue."""
+MAX_CHECKED = 64
+"""New items whose first recommendations are checked."""
+
+
+@dataclass(frozen=True)
+class NewItem:
+    """An item that joins."""
+
+    item_id: str
+    title: str | None
+    similar: tuple[int, ...]
+    """Internal ids whose rows it gets the mean of; empty where vectors are given."""
+    vector: np.ndarray | None
+    """Its own vector, as in the teacher's item table."""
+    output_vector: np.ndarray | None
+    """Its row of a linear head."""
+    bias: float
+
+
+@one_run_at_a_time
+def update_items(
+    bundle: Artifact, output: Path, *, items: Path | None, retire: Path | None, force: bool = False
+) -> tuple[Artifact, bool]:
+    """Write a bundle with further items, or without some; gives the artefact and whether it was there already.
+
+    Args:
+        bundle: the bundle to go on from.
+        output: the new bundle.
+        items: a .parquet or .jsonl file of new items: `item`, `title` if known, and `similar` (ids of the catalogue,
+            whose mean the new item is) or `vector`; linear heads need `output_vector` (and `bias`) as well.
+        retire: a text file of ids that must not be recommended any more, one a line; they stay known in histories.
+        force: replace a bundle made of something else.
+
+    Raises:
+        DataError: the files do not fit the catalogue or its room.
+        CheckError: the new bundle does not answer as its tables say.
+    """
+    if items is None and retire is None:
+        raise ConfigError("neither new items nor retired ones were named", remedy="--items FILE, --retire FILE or both")
+    settings = {name: file_sha256(path) for name, path in (("items", items), ("retire", retire)) if path is not None}
+    stage = Stage(name="update-items", kind="bundle", settings=settings, parents={"bundle": bundle})
+    if is_up_to_date(output, stage, force=force):
+        return open_artifact(output), True
+    catalogue, tables, signature = load_catalogue(bundle.path), read_items(bundle.path), read_signature(bundle.path)
+    projection = _projection(bundle.path)
+    item_dim = len(projection["weight"])
+    joining = [] if items is None else read_new_items(items, catalogue, tables, item_dim)
+    leaving = [] if retire is None else read_retired(retire, catalogue)
+    changed = updated(tables, joining, leaving, projection)
+    with publish(output, stage, finish=write_sums) as folder:
+        for entry in sorted(bundle.path.iterdir()):
+            if entry.is_file() and entry.name not in LEFT_BEHIND and entry.suffix not in (".plan", ".rtx"):
+                shutil.copyfile(entry, folder / entry.name)
+        write_json(folder / SIGNATURE_FILE, signature | {"num_items": changed.count})
+        write_items(folder, changed)
+        _extended(catalogue, joining).save(folder)
+        _check_and_save_golden(bundle.path, folder, changed, len(joining))
+        write_triton(folder)
+        (folder / "README.md").write_text(model_card(bundle, read_signature(folder), None), encoding="utf-8")
+    return open_artifact(output), False
+
+
+def read_new_items(path: Path, catalogue: Catalogue, tables: ItemWeights, item_dim: int) -> list[NewItem]:
+    """The items of a file, checked against the catalogue; `item_dim` is the width of an item's own vector.
+
+    Raises:
+        DataError: another format or other columns, an id that is there already or twice, unknown similar items, vectors
+            of another width or that are not finite, or more items than there is room for.
+    """
+    found, ids = [], dict.fromkeys(catalogue.item_ids)
+    for number, row in enumerate(_rows(path), start=1):
+        item = _new_item(row, f"{path}, row {number}", catalogue, (tables, item_dim))
+        if item.item_id in ids:
+            raise DataError(
+                f"{path}, row {number}: the item {item.item_id!r} is there already", remedy="an id that was never used"
+            )
+        ids[item.item_id] = None
+        found.append(item)
+    room = tables.rows - 1 - tables.count
+    if len(found) > room:
+        raise DataError(
+            f"{path} has {len(found)} items, and the bundle has room for {room}",
+            remedy="slmcompress export again, with a larger --spare-items",
+        )
+    return found
+
+
+def read_retired(path: Path, catalogue: Catalogue) -> list[int]:
+    """Internal ids of a text file of external ones, one a line."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [int(item) for item in catalogue.to_internal([line.strip() for line in lines if line.strip()])]
+
+
+def updated(
+    tables: ItemWeights, joining: list[NewItem], leaving: list[int], projection: Mapping[str, np.ndarray]
+) -> ItemWeights:
+    """The tables with new rows after the last item, and without scores for those who leave."""
+    table, outputs, offsets = (np.array(values) for values in (tables.table, tables.outputs, tables.offsets))
+    for row, item in enumerate(joining, start=tables.count + 1):
+        offsets[row] = item.bias
+        if item.vector is not None:
+            projected = item.vector @ projection["weight"] + projection["bias"]
+            table[row] = item.vector if table.shape[1] == len(item.vector) else projected
+            outputs[row] = item.vector if item.output_vector is None else item.output_vector
+        else:
+            near = np.array(item.similar)
+            table[row] = tables.table[near].mean(axis=0)
+            outputs[row] = tables.outputs[near].mean(axis=0) if item.output_vector is None else item.output_vector
+    offsets[leaving] = -np.inf
+    return replace(tables, count=tables.count + len(joining), table=table, outputs=outputs, offsets=offsets)
+
+
+def expected_lists(tables: ItemWeights, users: np.ndarray, histories: Histories, k: int, *, keep_history: bool) -> TopK:
+    """What the tables say in plain numpy: products, offsets, a stable sort."""
+    scores = users @ tables.outputs.T + tables.offsets
+    for row, (history, excluded) in enumerate(zip(histories.item_ids, histories.exclude_ids, strict=True)):
+        scores[row, excluded] = -np.inf
+        if not keep_history:
+            scores[row, history] = -np.inf
+    items = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    best = np.take_along_axis(scores, items, axis=1).astype(np.float32)
+    return TopK(np.where(np.isinf(best), 0, items), best)
+
+
+def _check_and_save_golden(old: Path, new: Path, tables: ItemWeights, num_new: int) -> Parity:
+    """Golden requests, and such with a new item at their end, must be answered as the tables say."""
+    histories, _ = stored_golden(old)
+    fresh = tables.count - np.arange(min(num_new, MAX_CHECKED))
+    rows = [*histories.item_ids, *([*histories.item_ids[i % len(histories)], item] for i, item in enumerate(fresh))]
+    excluded = [*histories.exclude_ids, *(histories.exclude_ids[i % len(histories)] for i in range(len(fresh)))]
+    asked = Histories(Ragged.from_rows(rows), Ragged.from_rows(excluded))
+    recommender = OnnxRecommender(new)
+    k = min(recommender.max_top_k, recommender.num_items)
+    keep_history = bool(recommender.signature["keep_history"])
+    wanted = expected_lists(tables, recommender.user_vectors(asked), asked, k, keep_history=keep_history)
+    answer = recommender.recommend(asked, k)
+    parity = compare(wanted, answer, ParityRule(precision="fp32"))
+    save_golden(new, asked, answer)
+    return parity
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    if path.suffix not in (".parquet", ".jsonl"):
+        raise DataError(f"{path} is neither .parquet nor .jsonl", remedy="a column item, and similar or vector")
+    try:
+        frame = pl.read_parquet(path) if path.suffix == ".parquet" else pl.read_ndjson(path)
+    except (pl.exceptions.PolarsError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{path} cannot be read: {reason}", remedy="a .parquet or .jsonl table") from None
+    return frame.to_dicts()
+
+
+def _new_item(row: dict[str, Any], where: str, catalogue: Catalogue, widths: tuple[ItemWeights, int]) -> NewItem:
+    tables, item_dim = widths
+    if not row.get("item"):
+        raise DataError(f"{where}: no item id", remedy="a column item with an id in every row")
+    similar, vector, output = (row.get(name) for name in ("similar", "vector", "output_vector"))
+    if (similar is None) == (vector is None) or similar == []:
+        raise DataError(f"{where}: either similar or vector is needed", remedy="ids of similar items, or a vector")
+    if tables.has_biases != (output is not None):
+        problem = "this linear head needs an output_vector" if tables.has_biases else "a tied head has no output_vector"
+        raise DataError(f"{where}: {problem}", remedy="rows of the head where it has its own, else none")
+    return NewItem(
+        str(row["item"]),
+        row.get("title"),
+        tuple(int(item) for item in catalogue.to_internal(similar)) if similar is not None else (),
+        None if vector is None else _finite(vector, item_dim, f"{where}: vector"),
+        None if output is None else _finite(output, tables.outputs.shape[1], f"{where}: output_vector"),
+        float(row.get("bias") or 0.0),
+    )
+
+
+def _finite(values: list[float], width: int, where: str) -> np.ndarray:
+    array = np.array(values, dtype=np.float32)
+    if array.shape != (width,):
+        raise DataError(f"{where} has {array.size} numbers, expected are {width}", remedy="vectors of the item table")
+    if not np.isfinite(array).all():
+        raise DataError(f"{where} is not finite", remedy="finite numbers")
+    return array
+
+
+def _projection(folder: Path) -> dict[str, np.ndarray]:
+    with np.load(folder / PROJECTION_FILE, allow_pickle=False) as stored:
+        return dict(stored)
+
+
+def _extended(catalogue: Catalogue, joining: list[NewItem]) -> Catalogue:
+    return Catalogue(
+        [*catalogue.item_ids, *(item.item_id for item in joining)],
+        [*catalogue.titles, *(item.title for item in joining)],
+        [*catalogue.categories, *(None for _ in joining)],
+    )
