@@ -149,6 +149,86 @@ def distill_speed(entry: dict[str, Any]) -> str:
     return "\n".join([*rows, "", note])
 
 
+def eight_bit(entry: dict[str, Any]) -> str:
+    """What 8 bits cost a trained model and what they give it."""
+    rows = ["| | of fp32's NDCG@10, validation | test | first ten in common |", "|---|---|---|---|"]
+    notes = []
+    for model, result in entry["result"].items():
+        for way, found in result["accuracy"].items():
+            shares = [f"{v[0]:.3f} ({v[1]:.3f} to {v[2]:.3f})" for v in (found[k]["of_fp32"] for k in SPLITS)]
+            rows.append(f"| {model}, {way} | {' | '.join(shares)} | {found['test']['overlap@10']:.3f} |")
+        speed = [f"{size} {found['8-bit']['ratio']:.2f}x" for size, found in result["speed"].items()]
+        alone = {way: found["users"] - found["bit_equal"] for way, found in result["company"].items()}
+        users = result["company"]["fp32"]["users"]
+        table = ", ".join(f"{name} {100 * share:.1f} %" for name, share in result["item_table"].items())
+        notes.append(
+            f"{model}: the decoder's layers take {result['decoder_bytes_of_fp32']:.3f} of the fp32 bytes; the 8-bit "
+            f"graph is faster than the fp32 one by {', '.join(speed)}. Users whose scores depend on company, of "
+            f"{users}: {', '.join(f'{way} {count}' for way, count in alone.items())}. 8-bit item table: {table}."
+        )
+    return "\n".join([*rows, "", "\n\n".join(notes)])
+
+
+SPLITS = ("validation", "test")
+
+
+def pruning(entry: dict[str, Any]) -> str:
+    """Two layers fewer, by two criteria."""
+    result = entry["result"]
+    rows = [
+        "| layers chosen by | NDCG@10 | of the whole teacher's (95 % interval) | layers kept |",
+        "|---|---|---|---|",
+    ]
+    rows.append(f"| none is left out | {result['whole']['ndcg@10']:.4f} | 1.000 | all 8 |")
+    for criterion, row in result["rows"].items():
+        estimate, low, high = row["of_whole"]
+        kept = "; ".join(", ".join(map(str, layers)) for layers in row["kept_layers"])
+        rows.append(f"| {criterion} | {row['ndcg@10']:.4f} | {estimate:.3f} ({low:.3f} to {high:.3f}) | {kept} |")
+    return "\n".join(rows)
+
+
+def calibration_memory(entry: dict[str, Any]) -> str:
+    """Memory of calibration by the number of histories."""
+    parts = [
+        f"{run['histories']} histories: {(run['peak_bytes'] - run['peak_bytes_before']) / 1e6:.0f} MB more than before"
+        for run in entry["result"]["runs"]
+    ]
+    return f"Peak of resident memory while calibrating: {', '.join(parts)}."
+
+
+def serving_peers(entry: dict[str, Any]) -> str:
+    """The graphs against what else serves the same student."""
+    result = entry["result"]
+    sizes = list(result["ratios"])
+    rows = [
+        f"| | faster than eager, {sizes[0]} (10th to 90th percentile of rounds) | {sizes[1]} | first ten in common |",
+        "|---|---|---|---|",
+    ]
+    for name in result["ratios"][sizes[0]]:
+        cells = [result["ratios"][size][name] for size in sizes]
+        shown = " | ".join(f"{one['ratio']:.2f}x ({one['p10']:.2f} to {one['p90']:.2f})" for one in cells)
+        same = "" if name.startswith("teacher") else f"{result['overlap@10'][name]:.3f}"
+        rows.append(f"| {name} | {shown} | {same} |")
+    return "\n".join(rows)
+
+
+def serving_ablation(entry: dict[str, Any]) -> str:
+    """What each transformation gives alone, and what is lost without it."""
+    result = entry["result"]
+    sizes, names = list(result["ratios"]), [n for n in result["ratios"]["batch 1"] if not n.endswith("alone")]
+    rows = [f"| | {' | '.join(sizes)} | {' | '.join(f'{size}, it alone' for size in sizes)} |"]
+    rows.append("|---|" + "---|" * (2 * len(sizes)))
+    for name in names:
+        alone = f"{name.removeprefix('all but ')} alone"
+        cells = [f"{result['ratios'][size][name]['ratio']:.2f}x" for size in sizes]
+        cells += [
+            f"{result['ratios'][size][alone]['ratio']:.2f}x" if alone in result["ratios"][size] else ""
+            for size in sizes
+        ]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "demo": demo,
     "training_speed": training_speed,
