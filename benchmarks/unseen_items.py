@@ -1,5 +1,6 @@
 """Items that nobody had met in training: how well their titles alone place them.
 
+    python benchmarks/unseen_items.py ml-100k
     python benchmarks/unseen_items.py beauty --data ../shared/data/beauty
 
 A tenth of the items is taken out of every sequence; SASRec and a teacher are trained on the rest, whose catalogue lacks
@@ -50,7 +51,7 @@ class Among(nn.Module):
         return self.model.score(item_ids).masked_fill(self.closed, -torch.inf)
 
 
-def known_data(data: Dataset, known: np.ndarray, titles: Path, runs: Path) -> Dataset:
+def known_data(data: Dataset, known: np.ndarray, runs: Path) -> Dataset:
     """The dataset without the events of items that are not known (bool, [num_items])."""
     lines = []
     for user, sequence in zip(data.user_ids, data.sequences, strict=True):
@@ -60,6 +61,8 @@ def known_data(data: Dataset, known: np.ndarray, titles: Path, runs: Path) -> Da
     runs.mkdir(parents=True, exist_ok=True)
     source = runs / "known.txt"
     source.write_text("".join(lines), encoding="utf-8")
+    titles = runs / "titles.parquet"
+    data.items.to_frame().select("item_id", "title").write_parquet(titles)
     prepare_dataset([source], runs / "data-known", DataConfig(items_file=str(titles)))
     return load_dataset(runs / "data-known")
 
@@ -103,8 +106,8 @@ def asked(model: nn.Module, cases: Cases) -> dict[str, Any]:
 def main() -> None:
     """Train without the new items, let them join, ask and record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=["beauty", "ml-1m"])
-    parser.add_argument("--data", type=Path, required=True, help="folder with sequences.txt and titles.tsv")
+    parser.add_argument("name", choices=["ml-100k", "beauty", "ml-1m"])
+    parser.add_argument("--data", type=Path, help="folder with sequences.txt and titles.tsv; not for ml-100k")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num-layers", type=int, default=4)
     parser.add_argument("--runs", type=Path)
@@ -112,7 +115,7 @@ def main() -> None:
     runs = arguments.runs or Path("runs") / f"unseen-{arguments.name}"
     data = prepared(arguments.name, arguments.data, runs)
     is_known = np.random.default_rng(arguments.seed).random(data.num_items) >= SHARE
-    known = known_data(data, is_known, arguments.data / "titles.tsv", runs)
+    known = known_data(data, is_known, runs)
     items_config, config, _ = recipes(arguments.name, arguments.seed)
     items, _ = train_items(known, runs / "items", items_config)
     config = replace(config, num_layers=arguments.num_layers)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int64
 
-from slmrec.errors import ArtifactError, CheckError, ConfigError
+from slmrec.errors import ArtifactError, CheckError, ConfigError, DataError
 from slmrec.ragged import Ragged
 from slmrec.recommender import PAD, Histories, TopK, check_top_k
 
@@ -116,10 +116,13 @@ class OnnxRecommender:
         """An ONNX Runtime session of another graph of the folder."""
         return _session(self.folder / graph, self._provider, self._threads)
 
-    def run(
-        self, item_ids: Int64[np.ndarray, "batch history"], exclude_ids: Int64[np.ndarray, "batch excluded"]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The raw graph on padded ids: items int64 and scores float32, both [batch, top_k]."""
+    def run(self, item_ids: np.ndarray, exclude_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The raw graph on padded ids, int64 [batch, n] both: items, int64, and scores, float32, [batch, top_k].
+
+        Raises:
+            DataError: ids of another type or rank, or of different batches.
+        """
+        _check_ids(item_ids=item_ids, exclude_ids=exclude_ids)
         request = {"item_ids": item_ids, "exclude_ids": exclude_ids}
         found, best = self.session.run(["top_items", "top_scores"], request)
         return found, best
@@ -202,6 +205,18 @@ def _session(graph: Path, provider: str, threads: int) -> Any:
             f"{provider} was asked for, but {session.get_providers()[0]} would run", remedy="slmcompress doctor"
         )
     return session
+
+
+def _check_ids(**arrays: np.ndarray) -> None:
+    for name, ids in arrays.items():
+        if ids.dtype != np.int64 or ids.ndim != 2:
+            raise DataError(
+                f"{name} is {ids.dtype} of shape {ids.shape}, expected is int64 [batch, n]",
+                remedy="np.asarray(ids, dtype=np.int64), one row a user, padded with 0",
+            )
+    batches = {name: len(ids) for name, ids in arrays.items()}
+    if len(set(batches.values())) > 1:
+        raise DataError(f"batches of different sizes: {batches}", remedy="one row a user in each")
 
 
 def _exclusions(histories: Histories, *, keep_history: bool) -> np.ndarray:

@@ -1,0 +1,89 @@
+"""The runtime under threads and with input that nobody should send."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import onnx
+import pytest
+
+from export.onnx_export import export_model
+from export.runtime import OnnxRecommender
+from export.states import AppendingRecommender, StateStore
+from slmrec.config import ExportConfig
+from slmrec.errors import ArtifactError, DataError
+from slmrec.ragged import Ragged
+from slmrec.recommender import Histories
+
+NOBODY = np.zeros((1, 0), dtype=np.int64)
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("graph")
+    export_model(tiny_model(prompt="slmrec", positions="compact").eval(), folder, ExportConfig())
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["plain", "appending"])
+def test_eight_threads_get_what_one_gets(folder, kind):
+    if kind == "plain":
+        recommender = OnnxRecommender(folder)
+    else:
+        recommender = AppendingRecommender(folder, StateStore(max_bytes=20_000))  # states come and go
+    generator = np.random.default_rng(0)
+    whole = [generator.integers(1, 21, 12) for _ in range(10)]
+    requests = [history[:length] for length in range(1, 13) for history in whole]
+    alone = OnnxRecommender(folder)
+    expected = [alone.recommend(Histories.of(Ragged.from_rows([row])), 5).scores[0] for row in requests]
+    with ThreadPoolExecutor(8) as pool:
+        answers = pool.map(lambda row: recommender.recommend(Histories.of(Ragged.from_rows([row])), 5), requests)
+        for answer, scores in zip(answers, expected, strict=True):
+            np.testing.assert_allclose(answer.scores[0], scores, rtol=0, atol=2e-5 * np.abs(scores).max())
+
+
+def test_nobody_asked_gets_nothing(folder):
+    for recommender in (OnnxRecommender(folder), AppendingRecommender(folder, StateStore(max_bytes=1000))):
+        answer = recommender.recommend(Histories.of(Ragged.from_rows([])), 5)
+        assert answer.item_ids.shape == answer.scores.shape == (0, 5)
+    assert OnnxRecommender(folder).rerank(Histories.of(Ragged.from_rows([])), Ragged.from_rows([])) == []
+
+
+@pytest.mark.parametrize("items", [[[1.0, 2.0]], [1, 2], [[[1, 2]]], np.array([[1, 2]], dtype=np.int32)])
+def test_ids_of_another_type_or_rank_are_refused(folder, items):
+    with pytest.raises(DataError, match=r"item_ids is .*, expected is int64 \[batch, n\]"):
+        OnnxRecommender(folder).run(np.array(items), NOBODY)
+
+
+def test_batches_of_different_sizes_are_refused(folder):
+    with pytest.raises(DataError, match="batches of different sizes"):
+        OnnxRecommender(folder).run(np.array([[1], [2]]), NOBODY)
+
+
+@pytest.mark.parametrize("ids", [[0], [-1], [21], [2**40]])
+def test_ids_that_do_not_exist_are_refused_before_the_graph(folder, ids):
+    with pytest.raises(DataError, match=r"knows the items 1\.\.20"):
+        OnnxRecommender(folder).recommend(Histories.of(Ragged.from_rows([ids])), 5)
+
+
+def test_a_user_who_has_everything_gets_nothing(folder):
+    answer = OnnxRecommender(folder).recommend(Histories.of(Ragged.from_rows([list(range(1, 21))])), 5)
+    assert answer.item_ids.tolist() == [[0] * 5]
+    assert (answer.scores == -np.inf).all()
+
+
+@pytest.mark.parametrize("harm", ["no protobuf", "another opset", "data cut short", "data gone"])
+def test_a_graph_that_cannot_run_is_refused_at_load(tiny_model, tmp_path, harm):
+    export_model(tiny_model(prompt="none").eval(), tmp_path, ExportConfig())
+    graph, data = tmp_path / "model.onnx", tmp_path / "model.onnx.data"
+    if harm == "no protobuf":
+        graph.write_bytes(b"this is no graph")
+    elif harm == "another opset":
+        model = onnx.load(graph, load_external_data=False)
+        model.opset_import[0].version = 999
+        graph.write_bytes(model.SerializeToString())
+    elif harm == "data cut short":
+        data.write_bytes(data.read_bytes()[:5000])
+    else:
+        data.unlink()
+    with pytest.raises(ArtifactError, match="cannot load"):
+        OnnxRecommender(tmp_path)
