@@ -11,7 +11,7 @@ import numpy as np
 from export.card import model_card
 from export.items import PROJECTION_FILE
 from export.parity import PARITY_FILE, ParityRule
-from export.runtime import DATA_FILES, SIGNATURE_FILE, OnnxRecommender, read_signature
+from export.runtime import DATA_FILES, SIGNATURE_FILE, TUNE_FILE, OnnxRecommender, read_signature
 from export.triton import write_triton
 from slmrec.artifact import Artifact, Stage, file_sha256, is_up_to_date, open_artifact, publish, write_json
 from slmrec.catalogue import ITEMS_FILE, load_catalogue, require_same_catalogue
@@ -61,7 +61,7 @@ def bundle(
         return open_artifact(output), True
     with publish(output, stage, finish=write_sums) as folder:
         graphs = read_signature(graph.path)["graphs"]
-        for name in (*graphs, *DATA_FILES, SIGNATURE_FILE, ITEMS_FILE, PROJECTION_FILE, PARITY_FILE):
+        for name in (*graphs, *DATA_FILES, SIGNATURE_FILE, ITEMS_FILE, PROJECTION_FILE, PARITY_FILE, TUNE_FILE):
             if (graph.path / name).exists():
                 shutil.copyfile(graph.path / name, folder / name)
         write_golden(folder, data)

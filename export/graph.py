@@ -1,12 +1,13 @@
 """The serving graph: history in, top-K items out; everything constant is computed once, nothing twice."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from onnx import TensorProto
 
 from export.item_head import LEAST_BYTES, Head, certified_items, exact_items
-from export.linear import Linears, joined
+from export.linear import Linears, Rows, Shape, joined
 from export.weights import LayerWeights, LinearWeights, ServingWeights
 from export.writer import MICROSOFT, GraphWriter, Value, ints
 from slmrec.config import ExportConfig
@@ -39,8 +40,10 @@ class Tokens:
 
     batch: Value
     length: Value
-    rows: Value
-    """batch * length."""
+    every: Rows
+    """All rows, batch * length."""
+    newest: Rows
+    """The newest token of each user."""
     positions: Value
     """[batch, length]: where each stands, for its rotation."""
     counts: Value
@@ -52,12 +55,22 @@ class Tokens:
     past: Past | None
 
 
+@dataclass(frozen=True)
+class Serving:
+    """What graphs are written from."""
+
+    weights: ServingWeights
+    config: ExportConfig
+    kernels: Mapping[Shape, str]
+    """Measured choices of `--tune`; empty without it."""
+
+
 class DecoderGraph:
     """Writes the decoder of a recommender, exact but for rounding."""
 
-    def __init__(self, graph: GraphWriter, weights: ServingWeights, config: ExportConfig) -> None:
-        self.graph, self.weights, self.config = graph, weights, config
-        self.linears = Linears(graph, fused=config.fuse_kernels)
+    def __init__(self, graph: GraphWriter, model: "Serving") -> None:
+        self.graph, self.weights, self.config = graph, model.weights, model.config
+        self.linears = Linears(graph, fused=model.config.fuse_kernels, kernels=model.kernels)
 
     def known(self, ids: Value) -> Value:
         """Ids outside 1..num_items become 0, as padding is; ONNX would read -1 as the last row."""
@@ -139,8 +152,8 @@ class DecoderGraph:
         seen_counts, seen_valid = (self._joined(list(column)) for column in zip(*seen, strict=True))
         length = graph.size(positions, 1)
         hidden = graph.op("Reshape", vectors, ints(-1, self.weights.hidden_size))
-        rows = graph.size(hidden, 0)
-        return Tokens(batch, length, rows, positions, counts, seen_counts, seen_valid, past), hidden
+        every, one = Rows(graph.size(hidden, 0), False), Rows(batch, True)
+        return Tokens(batch, length, every, one, positions, counts, seen_counts, seen_valid, past), hidden
 
     def item_vectors(self, item_ids: Value) -> Value:
         """What the decoder reads of items, [batch, history, hidden]."""
@@ -166,7 +179,7 @@ class DecoderGraph:
             hidden = self._newest(tokens, hidden)
         seen = [self._seen(number, name, tokens, own) for name, own in (("keys", keys), ("values", values))]
         attended = self._attend(layer, tokens, query, seen, newest_only=newest_only)
-        rows = tokens.batch if newest_only else tokens.rows
+        rows = tokens.newest if newest_only else tokens.every
         normed, hidden = linears.add_and_norm(hidden, linears.product(attended, layer.out, rows), layer.forward_norm)
         return hidden, linears.gated(normed, layer.gate, layer.up, layer.down, rows), keys, values
 
@@ -189,7 +202,7 @@ class DecoderGraph:
         graph, counts = self.graph, [layer.num_heads, layer.kv_heads, layer.kv_heads]
         parts = [layer.query, layer.key, layer.value]
         if newest_only:
-            asking = self.linears.product(self._newest(tokens, normed), layer.query, tokens.batch)
+            asking = self.linears.product(self._newest(tokens, normed), layer.query, tokens.newest)
             [query] = self._split_heads(asking, tokens.batch, ONE, counts[:1], layer)
             keys, values = self._project(normed, parts[1:], tokens, counts[1:], layer)
             positions = graph.op("Slice", tokens.positions, ints(-1), ints(2**31), ONE)
@@ -208,11 +221,11 @@ class DecoderGraph:
         one = joined(parts) if self.config.join_projections else None
         if one is not None:
             return self._split_heads(
-                self.linears.product(inputs, one, tokens.rows), tokens.batch, tokens.length, counts, layer
+                self.linears.product(inputs, one, tokens.every), tokens.batch, tokens.length, counts, layer
             )
         return [
             self._split_heads(
-                self.linears.product(inputs, part, tokens.rows), tokens.batch, tokens.length, [count], layer
+                self.linears.product(inputs, part, tokens.every), tokens.batch, tokens.length, [count], layer
             )[0]
             for part, count in zip(parts, counts, strict=True)
         ]
@@ -344,26 +357,26 @@ class DecoderGraph:
         return parts[0] if len(parts) == 1 else self.graph.op("Concat", *parts, axis=1)
 
 
-def recommend_graph(weights: ServingWeights, config: ExportConfig) -> GraphWriter:
+def recommend_graph(model: Serving) -> GraphWriter:
     """Signature `recommend`: best items and their scores, best first, ties by smaller id.
 
     Where fewer than k items remain, id 0 with score -inf. A user vector that is not finite makes all its scores NaN.
     """
-    graph = GraphWriter(config.opset)
-    decoder = DecoderGraph(graph, weights, config)
+    graph, weights, config = GraphWriter(model.config.opset), model.weights, model.config
+    decoder = DecoderGraph(graph, model)
     seen, excluded = (decoder.known(value) for value in _request(graph))
     users = _user_vectors(graph, weights, decoder.user_states(seen)[0])
-    _best_items(graph, weights, config, users, [excluded] if config.keep_history else [seen, excluded])
+    _best_items(graph, model, users, [excluded] if config.keep_history else [seen, excluded])
     return graph
 
 
-def rerank_graph(weights: ServingWeights, config: ExportConfig) -> GraphWriter:
+def rerank_graph(model: Serving) -> GraphWriter:
     """Signature `rerank`: the scores of given candidates; -inf for 0, for unknown and for excluded ones.
 
     The user vectors they are products of go out as well.
     """
-    graph = GraphWriter(config.opset)
-    decoder = DecoderGraph(graph, weights, config)
+    graph, weights, config = GraphWriter(model.config.opset), model.weights, model.config
+    decoder = DecoderGraph(graph, model)
     seen, excluded = (decoder.known(value) for value in _request(graph))
     candidates = decoder.known(graph.input("candidate_ids", "int64", ["batch", "candidates"]))
     users = _user_vectors(graph, weights, decoder.user_states(seen)[0])
@@ -383,13 +396,13 @@ def rerank_graph(weights: ServingWeights, config: ExportConfig) -> GraphWriter:
     return graph
 
 
-def append_graph(weights: ServingWeights, config: ExportConfig) -> GraphWriter:
+def append_graph(model: Serving) -> GraphWriter:
     """Signature `append`: as `recommend`, for new items after a past whose keys and values are given; gives theirs.
 
     A past of length 0 is allowed, so the same graph computes a history from its beginning.
     """
-    graph = GraphWriter(config.opset)
-    decoder = DecoderGraph(graph, weights, config)
+    graph, weights, config = GraphWriter(model.config.opset), model.weights, model.config
+    decoder = DecoderGraph(graph, model)
     first = weights.layers[0]
     shape: list[int | str] = ["batch", len(weights.layers), first.kv_heads, "past", first.head_dim]
     new = decoder.known(graph.input("new_item", "int64", ["batch", "new"]))
@@ -399,7 +412,7 @@ def append_graph(weights: ServingWeights, config: ExportConfig) -> GraphWriter:
     excluded = decoder.known(graph.input("exclude_ids", "int64", ["batch", "excluded"]))
     states, new_keys, new_values = decoder.user_states(new, decoder.past(seen, length, keys, values))
     users = _user_vectors(graph, weights, states)
-    _best_items(graph, weights, config, users, [excluded] if config.keep_history else [seen, new, excluded])
+    _best_items(graph, model, users, [excluded] if config.keep_history else [seen, new, excluded])
     skipped = 0 if config.fold_prefix else weights.layout.prefix_length
     bounds = ints(skipped), graph.op("Add", graph.size(new, 1), ints(skipped))
     shape[3] = "new"
@@ -423,10 +436,9 @@ def _user_vectors(graph: GraphWriter, weights: ServingWeights, states: Value) ->
     return states if projection is None else graph.op("MatMul", states, projection)
 
 
-def _best_items(
-    graph: GraphWriter, weights: ServingWeights, config: ExportConfig, users: Value, masked: list[Value]
-) -> None:
+def _best_items(graph: GraphWriter, model: Serving, users: Value, masked: list[Value]) -> None:
     """The outputs `top_items` and `top_scores`; with an 8-bit item table also `certified`."""
+    weights, config = model.weights, model.config
     ids = graph.op("Concat", *masked, axis=1) if len(masked) > 1 else masked[0]
     k = min(config.top_k or 100, weights.items.count)
     head = Head(graph, weights.items, users, ids, k, config.block_max)

@@ -1,6 +1,6 @@
 """Linear layers in a serving graph: fp32, 8-bit with activations rounded per token, 8-bit weights in fp32."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,6 +8,9 @@ from onnx import TensorProto, numpy_helper
 
 from export.weights import LinearWeights, NormWeights
 from export.writer import MICROSOFT, GraphWriter, Value, ints
+
+BLOCK = 32
+"""Inputs that share a scale in the kernel `blocks`."""
 
 
 @dataclass(frozen=True)
@@ -18,20 +21,43 @@ class Rounded:
     scale: Value
 
 
+@dataclass(frozen=True)
+class Rows:
+    """What a linear layer reads: how many rows, an int64 tensor of one element, and whether it is one for each user."""
+
+    count: Value
+    one_per_user: bool
+
+
+Shape = tuple[int, int, bool]
+"""Inputs, outputs, and whether there is one row for each user."""
+
+
 class Linears:
-    """Writes linear layers and norms; `fused` uses ONNX Runtime's own operations where they save passes over data."""
+    """Writes linear layers and norms; `fused` uses ONNX Runtime's own operations where they save passes over data.
 
-    def __init__(self, graph: GraphWriter, *, fused: bool) -> None:
-        self.graph, self.fused = graph, fused
+    `kernels` says which way a layer that computes in 8 bits does so, by its shape: `integer`, rows rounded by a scale
+    of their own (the default); `blocks`, each block of 32 inputs by one; `fp32`, inputs not rounded.
+    """
 
-    def product(self, inputs: Value, layer: LinearWeights, rows: Value) -> Value:
-        """Outputs [rows, out] of inputs [rows, in]; `rows` is their number, an int64 tensor of one element."""
+    def __init__(self, graph: GraphWriter, *, fused: bool, kernels: Mapping[Shape, str] | None = None) -> None:
+        self.graph, self.fused, self.kernels = graph, fused, dict(kernels or {})
+
+    def kernel(self, layer: LinearWeights, rows: Rows) -> str:
+        """How a layer that computes in 8 bits does so."""
+        return self.kernels.get((*layer.weight.shape, rows.one_per_user), "integer")
+
+    def product(self, inputs: Value, layer: LinearWeights, rows: Rows) -> Value:
+        """Outputs [rows, out] of inputs [rows, in]."""
         graph = self.graph
+        kernel = self.kernel(layer, rows) if layer.rounds_inputs else "fp32"
         if layer.scale is None:
             outputs = graph.op("MatMul", inputs, layer.weight)
-        elif layer.rounds_inputs:
-            rounded = self.rounded(inputs, rows)
+        elif kernel == "integer":
+            rounded = self.rounded(inputs, rows.count)
             outputs = graph.op("Mul", self.int8_product(rounded, layer), rounded.scale)
+        elif kernel == "blocks":
+            outputs = self._block_product(inputs, layer)
         else:  # a cast and a product, done once at load; ONNX Runtime would fuse DequantizeLinear into rounding inputs
             weight = graph.op("Mul", graph.op("Cast", layer.weight, to=TensorProto.FLOAT), layer.scale)
             outputs = graph.op("MatMul", inputs, weight)
@@ -60,6 +86,18 @@ class Linears:
         sums = graph.op("MatMulInteger", rounded.values, layer.weight, zero_point)
         return graph.op("Mul", graph.op("Cast", sums, to=TensorProto.FLOAT), layer.scale)
 
+    def _block_product(self, inputs: Value, layer: LinearWeights) -> Value:
+        """The same weights; inputs are rounded block by block of a row, which is finer."""
+        assert layer.scale is not None
+        width, outputs = layer.weight.shape
+        assert width % BLOCK == 0
+        shifted = (layer.weight.T.astype(np.int16) + 128).astype(np.uint8)
+        return self.graph.op(
+            "MatMulNBits", inputs, shifted.reshape(outputs, width // BLOCK, BLOCK),
+            np.repeat(layer.scale, width // BLOCK), domain=MICROSOFT,
+            K=width, N=outputs, bits=8, block_size=BLOCK, accuracy_level=4,
+        )  # fmt: skip
+
     def norm(self, inputs: Value, norm: NormWeights) -> Value:
         """Root mean square norm of the last dimension."""
         graph = self.graph
@@ -81,7 +119,7 @@ class Linears:
         total = graph.op("Add", inputs, added)
         return self.norm(total, norm), total
 
-    def gated(self, inputs: Value, gate: LinearWeights, up: LinearWeights, down: LinearWeights, rows: Value) -> Value:
+    def gated(self, inputs: Value, gate: LinearWeights, up: LinearWeights, down: LinearWeights, rows: Rows) -> Value:
         """down(silu(gate(inputs)) * up(inputs)).
 
         In 8 bits the row scales of `up` pass its product and the rounding unchanged, and are applied to one number a
@@ -89,10 +127,11 @@ class Linears:
         """
         graph = self.graph
         opened = self._silu(self.product(inputs, gate, rows))
-        if not (up.rounds_inputs and down.rounds_inputs and up.bias is None):
+        in_integers = all(part.rounds_inputs and self.kernel(part, rows) == "integer" for part in (up, down))
+        if not in_integers or up.bias is not None:
             return self.product(graph.op("Mul", opened, self.product(inputs, up, rows)), down, rows)
-        rounded_in = self.rounded(inputs, rows)
-        rounded = self.rounded(graph.op("Mul", opened, self.int8_product(rounded_in, up)), rows)
+        rounded_in = self.rounded(inputs, rows.count)
+        rounded = self.rounded(graph.op("Mul", opened, self.int8_product(rounded_in, up)), rows.count)
         scale = graph.op("Mul", rounded.scale, rounded_in.scale)
         outputs = graph.op("Mul", self.int8_product(rounded, down), scale)
         return outputs if down.bias is None else graph.op("Add", outputs, down.bias)

@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from export.graph import append_graph, recommend_graph, rerank_graph
+from export.graph import Serving, append_graph, recommend_graph, rerank_graph
 from export.items import PROJECTION_FILE
 from export.parity import PARITY_FILE, check_parity
-from export.runtime import APPEND_FILE, GRAPH_FILE, RERANK_FILE, SIGNATURE_FILE, OnnxRecommender
+from export.runtime import APPEND_FILE, GRAPH_FILE, RERANK_FILE, SIGNATURE_FILE, TUNE_FILE, OnnxRecommender
+from export.tune import tune
 from export.weights import ServingWeights, serving_weights
 from export.writer import save_graphs
 from slmrec.artifact import Artifact, is_up_to_date, open_artifact, publish, write_json
@@ -59,15 +60,19 @@ def export_model(model: DecoderModel, folder: Path, config: ExportConfig) -> Non
             "with padded positions every new item moves the items before it, so nothing can be kept of them",
             remedy="--no-append, or a teacher with --positions compact",
         )
-    graphs = {GRAPH_FILE: recommend_graph(weights, config), RERANK_FILE: rerank_graph(weights, config)}
+    tuned = tune(weights) if config.tune and weights.rounds_inputs else None
+    serving = Serving(weights, config, {} if tuned is None else tuned.kernels)
+    graphs = {GRAPH_FILE: recommend_graph(serving), RERANK_FILE: rerank_graph(serving)}
     if config.append or (config.append is None and compact):
-        graphs[APPEND_FILE] = append_graph(weights, config)
+        graphs[APPEND_FILE] = append_graph(serving)
     save_graphs(graphs, folder)
     projection = model.item_proj
     np.savez(
         folder / PROJECTION_FILE, weight=projection.weight.detach().T.numpy(), bias=projection.bias.detach().numpy()
     )
     write_json(folder / SIGNATURE_FILE, signature(weights, config, list(graphs)))
+    if tuned is not None:
+        write_json(folder / TUNE_FILE, tuned.to_json())
 
 
 def signature(weights: ServingWeights, config: ExportConfig, graphs: list[str]) -> dict[str, Any]:

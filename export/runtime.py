@@ -15,7 +15,7 @@ from slmrec.ragged import Ragged
 from slmrec.recommender import PAD, Histories, TopK, check_top_k
 
 GRAPH_FILE, SIGNATURE_FILE = "model.onnx", "signature.json"
-RERANK_FILE, APPEND_FILE = "rerank.onnx", "append.onnx"
+RERANK_FILE, APPEND_FILE, TUNE_FILE = "rerank.onnx", "append.onnx", "tune.json"
 DECODER_DATA, ITEM_DATA = "model.onnx.data", "items.onnx.data"
 DATA_FILES = (DECODER_DATA, ITEM_DATA)
 """What the weights of the graphs lie in: those that belong to them for good, and those that follow the catalogue."""

@@ -248,6 +248,8 @@ class ExportConfig:
     """Queries, keys and values are one product where their weights are of one kind."""
     fuse_kernels: bool = True
     """ONNX Runtime's own operations for norms, rotations and 8-bit products; else standard ONNX alone."""
+    tune: bool = False
+    """Choose the kernel of each 8-bit layer by measurement on this machine."""
     int8_items: bool | None = None
     """Score items by an 8-bit table first, lists certified to be those of the fp32 one; None = where it is large."""
     block_max: bool = True
