@@ -26,7 +26,7 @@ ROWS = [[1, 2, 3], [5], list(range(1, 15)), [4, 4, 9, 1, 2, 7, 3]]
 
 @pytest.fixture(scope="module")
 def model(tiny_model):
-    return quantize_model(tiny_model(prompt="slmrec", positions="compact")).eval()
+    return quantize_model(tiny_model(prompt="none", positions="compact")).eval()
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def graphs(model, tmp_path_factory):
 def test_kernels_differ_in_how_finely_inputs_are_rounded_and_in_nothing_else(tiny_model, graphs):
     rows = [[item, *range(1, 4)] for item in range(4, 21)] + ROWS
     users = Histories.of(Ragged.from_rows(rows))
-    plain = tiny_model(prompt="slmrec", positions="compact").eval()
+    plain = tiny_model(prompt="none", positions="compact").eval()
     for name in quantized_layers(quantize_model(plain)):
         layer = linear_at(plain, name)
         eight = Int8Linear.from_linear(layer)
