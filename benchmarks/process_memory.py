@@ -8,6 +8,7 @@ alone has (USS); the rest of what is resident is shared with the others (mapped 
 
 import argparse
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,11 @@ from compress.int8 import quantize_model
 
 
 def measure(folder: Path, requests: Path, processes: int) -> dict[str, Any]:
-    """Memory of every process when all run and have answered, and their times alone and all at once."""
+    """Memory of every process when all run and have answered."""
     running: list[Contestant] = []
-    alone = []
     for _ in range(processes):
         running.append(own("graph", folder))
-        alone.append(running[-1].seconds(requests, 20))
+        running[-1].seconds(requests, 20)
     found = [psutil.Process(one.process.pid).memory_full_info() for one in running]
     for one in running:
         one.close()
@@ -44,17 +44,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num-items", type=int, default=100_000)
     parser.add_argument("--processes", type=int, default=4)
-    parser.add_argument("--runs", type=Path, default=Path("runs/process-memory"))
     arguments = parser.parse_args()
-    arguments.runs.mkdir(parents=True, exist_ok=True)
     serving_speed.NUM_ITEMS = arguments.num_items
-    model = student(4)
-    requests = write_requests(arguments.runs, [1])["batch 1"]
-    result = {}
-    for name, one in (("fp32", model), ("8-bit", quantize_model(model))):
-        folder = graph_folder(one, arguments.runs / f"{name}-{arguments.num_items}")
-        result[name] = measure(folder, requests, arguments.processes)
-        print(json.dumps({name: result[name]}), flush=True)
+    model, result = student(4), {}
+    with tempfile.TemporaryDirectory() as place:
+        requests = write_requests(Path(place), [1])["batch 1"]
+        for name, one in (("fp32", model), ("8-bit", quantize_model(model))):
+            folder = graph_folder(one, Path(place) / name)
+            result[name] = measure(folder, requests, arguments.processes)
+            print(json.dumps({name: result[name]}), flush=True)
     record("process_memory", {"num_items": arguments.num_items, **result})
 
 

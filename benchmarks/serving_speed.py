@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,6 @@ def plain_folder(model: DecoderModel, folder: Path) -> Path:
     """The model as any toolchain takes it: a transformers decoder over words and items, and its head."""
     from transformers import AutoConfig, AutoModel
 
-    if (folder / "head.npz").exists():
-        return folder
     vectors = model.item_inputs(torch.arange(1, NUM_ITEMS + 1))
     words = torch.cat([model.prefix, model.suffix, vectors])
     config = AutoConfig.for_model(**dict(model.spec.decoder) | {"vocab_size": len(words)})
@@ -82,9 +81,8 @@ def plain_folder(model: DecoderModel, folder: Path) -> Path:
 
 def graph_folder(model: DecoderModel, folder: Path, **settings: bool) -> Path:
     """An exported graph of the model."""
-    if not (folder / "signature.json").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        export_model(model, folder, replace(ExportConfig(append=False), **settings))  # type: ignore[arg-type]
+    folder.mkdir()
+    export_model(model, folder, replace(ExportConfig(append=False), **settings))  # type: ignore[arg-type]
     return folder
 
 
@@ -141,35 +139,38 @@ def ablation(runs: Path) -> dict[str, Contestant]:
     return {name: own("graph", folder) for name, folder in folders.items()}
 
 
+def measure(what: str, runs: Path, rounds: int) -> dict[str, Any]:
+    """Start everyone, let them run, and compare."""
+    sizes = [1, 32] if what == "peers" else [1, 8]
+    requests = write_requests(runs, sizes)
+    contestants = (peers if what == "peers" else ablation)(runs)
+    baseline = "eager" if what == "peers" else "none"
+    calls = {size: 10 if size == "batch 1" else 2 for size in requests}
+    medians = contest(contestants, requests, rounds, calls)
+    lists = {name: one.lists(requests[f"batch {sizes[-1]}"]) for name, one in contestants.items()}
+    for contestant in contestants.values():
+        contestant.close()
+    result: dict[str, Any] = {
+        "baseline": baseline, "rounds": rounds,
+        "ratios": {size: ratios(found, baseline) for size, found in medians.items()},
+        "overlap@10": {name: float(overlap(found, lists[baseline]).mean()) for name, found in lists.items()},
+    }  # fmt: skip
+    if what == "peers":
+        for graph in ("graph, 8-bit", "graph, fp32"):
+            result[f"{graph}, against"] = {
+                size: {name: ratios(found, name)[graph] for name in found} for size, found in medians.items()
+            }
+    return result
+
+
 def main() -> None:
     """Let them run, print and record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["peers", "ablation"])
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--runs", type=Path, default=Path("runs/serving"))
     arguments = parser.parse_args()
-    arguments.runs.mkdir(parents=True, exist_ok=True)
-    sizes = [1, 32] if arguments.what == "peers" else [1, 8]
-    requests = write_requests(arguments.runs, sizes)
-    contestants = (peers if arguments.what == "peers" else ablation)(arguments.runs)
-    baseline = "eager" if arguments.what == "peers" else "none"
-    calls = {size: 10 if size == "batch 1" else 2 for size in requests}
-    medians = contest(contestants, requests, arguments.rounds, calls)
-    lists = {name: one.lists(requests[f"batch {sizes[-1]}"]) for name, one in contestants.items()}
-    for contestant in contestants.values():
-        contestant.close()
-    result: dict[str, Any] = {
-        "baseline": baseline, "rounds": arguments.rounds,
-        "ratios": {size: ratios(found, baseline) for size, found in medians.items()},
-        "overlap@10": {name: float(overlap(found, lists[baseline]).mean()) for name, found in lists.items()},
-    }  # fmt: skip
-    if arguments.what == "peers":
-        result["graph, 8-bit, against"] = {
-            size: {name: ratios(found, name)["graph, 8-bit"] for name in found} for size, found in medians.items()
-        }
-        result["graph, fp32, against"] = {
-            size: {name: ratios(found, name)["graph, fp32"] for name in found} for size, found in medians.items()
-        }
+    with tempfile.TemporaryDirectory() as folder:
+        result = measure(arguments.what, Path(folder), arguments.rounds)
     record(f"serving_{arguments.what}", result)
     print(json.dumps(result, indent=2))
 

@@ -106,8 +106,8 @@ class DecoderGraph:
     def past(self, seen_ids: Value, length: Value, keys: Value, values: Value) -> Past:
         """The past from its inputs: ids [batch, t], lengths [batch], keys and values."""
         graph = self.graph
-        length = graph.op("Unsqueeze", length, ONE)
         width = graph.op("Squeeze", graph.size(seen_ids, 1), ZERO)
+        length = graph.op("Unsqueeze", graph.op("Max", graph.op("Min", length, width), np.array(0)), ONE)
         columns = graph.op("Range", np.array(0), width, np.array(1))
         places = graph.op("Add", graph.op("Sub", graph.op("Unsqueeze", columns, ZERO), width), length)
         is_real = graph.op("Not", graph.op("Equal", seen_ids, np.array(0)))
@@ -260,7 +260,9 @@ class DecoderGraph:
         """Attention of grouped queries without copies of keys and values, [batch * asking, heads * head_dim]."""
         graph, (keys, values) = self.graph, seen
         groups = layer.num_heads // layer.kv_heads
-        grouped = graph.op("Reshape", query, ints(0, layer.kv_heads, -1, layer.head_dim))
+        asked = ints(groups) if newest_only else graph.op("Mul", tokens.length, ints(groups))
+        grouped_shape = graph.op("Concat", tokens.batch, ints(layer.kv_heads), asked, ints(layer.head_dim), axis=0)
+        grouped = graph.op("Reshape", query, grouped_shape)
         bias = self._bias(layer.sliding_window, tokens, groups, newest_only=newest_only)
         if self.config.fuse_kernels:
             scores = graph.op("FusedMatMul", grouped, keys, domain=MICROSOFT, transB=1, alpha=layer.scaling)
@@ -293,7 +295,7 @@ class DecoderGraph:
     def _newest(self, tokens: Tokens, rows: Value) -> Value:
         """The newest token's row of each user, [batch, width]."""
         graph = self.graph
-        shape = graph.op("Concat", tokens.batch, tokens.length, ints(-1), axis=0)
+        shape = graph.op("Concat", tokens.batch, tokens.length, ints(self.weights.hidden_size), axis=0)
         return graph.op("Gather", graph.op("Reshape", rows, shape), np.array(-1), axis=1)
 
     def _attended(self, item_ids: Value, real: Value) -> Value:
@@ -317,6 +319,7 @@ class DecoderGraph:
         width = graph.op("Squeeze", graph.size(item_ids, 1), ZERO)
         newest = np.array(layout.prefix_length + layout.max_history)
         columns = graph.op("Range", graph.op("Sub", newest, width), newest, np.array(1))
+        columns = graph.op("Max", columns, np.array(0))  # histories longer than the window are the runtime's to cut
         return graph.op("Add", graph.op("Mul", item_ids, np.array(0)), columns)
 
     def _suffix_positions(self, attended: Value, batch: Value, past: Past | None) -> Value:
@@ -455,7 +458,7 @@ def _best_items(graph: GraphWriter, model: Serving, users: Value, masked: list[V
 def uses_int8_items(weights: ServingWeights, config: ExportConfig) -> bool:
     """Whether items are scored by an 8-bit table first: as asked or, by default, where the fp32 one is large."""
     if config.int8_items is None:
-        return weights.items.outputs.nbytes >= LEAST_BYTES
+        return config.fuse_kernels and weights.items.outputs.nbytes >= LEAST_BYTES
     return config.int8_items
 
 

@@ -53,7 +53,7 @@ def certified_items(head: Head) -> tuple[Value, Value, Value]:
     bounds = _Bounds.of(head, users)
     scores = _without(graph, bounds.coarse(), head.masked)
     rows, coarse, left_out = bounds.candidates(scores, head.k)
-    vectors = graph.op("Gather", head.item("exact"), rows)
+    vectors = graph.op("Gather", head.item(head.items.exact), rows)
     exact = graph.op("Squeeze", graph.op("MatMul", vectors, graph.op("Unsqueeze", users, ints(2))), ints(2))
     exact = graph.op("Where", graph.op("Equal", coarse, MINUS_INFINITY), MINUS_INFINITY, exact)
     best, places = graph.ops("TopK", 2, exact, ints(head.k), axis=1)
@@ -83,7 +83,7 @@ class _Bounds:
         rounded = Linears(graph, fused=True).rounded(users, graph.size(users, 0))
         whole = graph.op("Sub", graph.op("Cast", rounded.values, to=TensorProto.FLOAT), np.array(128, dtype=np.float32))
         lost = graph.op("Sub", users, graph.op("Mul", whole, rounded.scale))
-        room = np.array(1 + (head.items.array("exact").shape[1] + 8) * UNIT, dtype=np.float32)
+        room = np.array(1 + (head.items.array(head.items.exact).shape[1] + 8) * UNIT, dtype=np.float32)
         lengths = [graph.op("Mul", graph.op("ReduceL2", value, ONE, keepdims=1), room) for value in (users, lost)]
         scale = graph.op("Max", rounded.scale, np.array(1e-30, dtype=np.float32))
         weights = [graph.op("Div", length, scale) for length in lengths]
@@ -142,8 +142,10 @@ def _full_where_needed(head: Head, users: Value, certified: Value, found: tuple[
     missing = graph.op("ReduceMax", graph.op("Cast", graph.op("Not", certified), to=TensorProto.INT32), keepdims=0)
     full, kept = graph.branch(), graph.branch()
     # of a shape known only at run time: a constant table would be packed, which makes a private copy of it
-    width = full.op("Add", full.op("Mul", full.size(head.masked, 0), ints(0)), ints(head.items.array("exact").shape[1]))
-    rows = full.op("Reshape", head.item("exact"), full.op("Concat", ints(-1), width, axis=0))
+    width = full.op(
+        "Add", full.op("Mul", full.size(head.masked, 0), ints(0)), ints(head.items.array(head.items.exact).shape[1])
+    )
+    rows = full.op("Reshape", head.item(head.items.exact), full.op("Concat", ints(-1), width, axis=0))
     scores = full.op("FusedMatMul", users, rows, domain=MICROSOFT, transB=1)
     scores = _without(full, full.op("Add", scores, head.item("closed")), head.masked)
     whole = top_k(full, scores, head.items.rows, head.k, block_max=head.block_max)

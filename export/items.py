@@ -38,6 +38,11 @@ class ItemWeights:
         """Rows of the tables, padding and spare ones included."""
         return len(self.offsets)
 
+    @property
+    def exact(self) -> str:
+        """Name of the table whose products are scores: outputs, with biases as a further column where there are any."""
+        return "exact" if self.has_biases else "outputs"
+
     def array(self, name: str) -> np.ndarray:
         """A table by its name in the graph."""
         found: np.ndarray = self._plain[name] if name in self._plain else self._rounded[name]
@@ -45,21 +50,21 @@ class ItemWeights:
 
     @cached_property
     def _plain(self) -> dict[str, np.ndarray]:
-        biases = np.where(np.isfinite(self.offsets), self.offsets, 0).astype(np.float32)
-        exact = np.concatenate([self.outputs, biases[:, None]], axis=1) if self.has_biases else self.outputs
-        return {
+        gone = self.offsets == -np.inf
+        biases = np.where(gone, 0, self.offsets).astype(np.float32)
+        with_biases = {"exact": np.concatenate([self.outputs, biases[:, None]], axis=1)} if self.has_biases else {}
+        return with_biases | {
             # two numbers, for ONNX Runtime merges single ones that are equal, and cannot where one lies in a file
             "count": np.array([0, self.count], dtype=np.int64),
             "table": self.table,
             "outputs": self.outputs,
             "offsets": self.offsets,
-            "closed": np.where(np.isfinite(self.offsets), 0, -np.inf).astype(np.float32),
-            "exact": exact,
+            "closed": np.where(gone, -np.inf, 0).astype(np.float32),
         }
 
     @cached_property
     def _rounded(self) -> dict[str, np.ndarray]:
-        table = Int8Items.of(self._plain["exact"])
+        table = Int8Items.of(self._plain[self.exact])
         errors, lengths = (values.reshape(-1, ROW_STEP) for values in (table.error, table.length))
         return {
             "rounded": table.values, "scale": table.scale, "rounding": table.rounding,

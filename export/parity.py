@@ -9,7 +9,7 @@ from jaxtyping import Float32
 from slmrec.errors import CheckError
 from slmrec.metrics import ndcg, overlap, ranks_of_targets
 from slmrec.ragged import Ragged
-from slmrec.recommender import Recommender, TopK
+from slmrec.recommender import Histories, Recommender, TopK
 from slmrec.sequences import test_cases
 
 PARITY_FILE = "parity.json"
@@ -72,6 +72,13 @@ def check_parity(expected: Recommender, actual: Any, sequences: Ragged) -> Parit
         single = actual.recommend(cases.histories.select(np.array([row])), k)
         compare(TopK(other.item_ids[[row]], other.scores[[row]]), single, ParityRule(precision="fp32"))
     return parity
+
+
+def some_histories(sequences: Ragged) -> Histories:
+    """Real histories of every length, 64 at most."""
+    histories = test_cases(sequences).histories
+    by_length = np.argsort(histories.item_ids.lengths, kind="stable")
+    return histories.select(by_length[np.unique(np.linspace(0, len(by_length) - 1, 64).astype(np.int64))])
 
 
 def compare(expected: TopK, actual: TopK, rule: ParityRule) -> Parity:

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from slmrec.errors import ArtifactError, CheckError, ConfigError, DataError
+from slmrec.machine import has_vnni
 from slmrec.ragged import Ragged
 from slmrec.recommender import PAD, Histories, TopK, check_top_k
 
@@ -105,7 +106,8 @@ class OnnxRecommender:
             [vectors] = self._reranker().run(["user_vectors"], request)
             for row, vector in zip(batch, vectors, strict=True):
                 rows[row] = vector
-        return np.stack(rows)
+        width = self._reranker().get_outputs()[1].shape[1]
+        return np.stack(rows) if rows else np.zeros((0, width), np.float32)
 
     def _reranker(self) -> Any:
         with self._loading:
@@ -192,6 +194,8 @@ def _session(graph: Path, provider: str, threads: int) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    if not has_vnni():  # older instructions add pairs of 8-bit products in 16 bits, which can overflow
+        options.add_session_config_entry("session.x64quantprecision", "1")
     broken = (state.Fail, state.InvalidGraph, state.InvalidProtobuf, state.NoSuchFile, state.InvalidArgument)
     try:
         session = ort.InferenceSession(str(graph), options, providers=[provider])

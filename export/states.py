@@ -9,8 +9,18 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32
 
-from export.runtime import APPEND_FILE, OnnxRecommender, exclusions, nan_scores
-from slmrec.errors import ConfigError
+from export.parity import ParityRule, compare
+from export.runtime import (
+    APPEND_FILE,
+    DATA_FILES,
+    GRAPH_FILE,
+    RERANK_FILE,
+    OnnxRecommender,
+    exclusions,
+    nan_scores,
+)  # fmt: skip
+from slmrec.errors import CheckError, ConfigError
+from slmrec.ragged import Ragged
 from slmrec.recommender import PAD, Histories, TopK, check_top_k
 
 OUTPUTS = ["top_items", "top_scores", "new_keys", "new_values"]
@@ -142,7 +152,36 @@ class AppendingRecommender:
         return hashlib.sha256(self._artifact + np.ascontiguousarray(history, dtype=np.int64).tobytes()).digest()
 
 
+def check_other_graphs(folder: Path, histories: Histories) -> None:
+    """Whether `rerank` and `append` answer as `recommend` does.
+
+    Raises:
+        CheckError: they do not.
+    """
+    graph = OnnxRecommender(folder)
+    k = min(10, graph.max_top_k, graph.num_items)
+    rule = ParityRule(precision=graph.signature["precision"])
+    answer = graph.recommend(histories, k)
+    candidates = Ragged.from_rows([row[row != PAD] for row in answer.item_ids])
+    for row, scores in enumerate(graph.rerank(histories, candidates)):
+        wanted = answer.scores[row][answer.item_ids[row] != PAD]
+        allowed = rule.score_tolerance * max(1e-30, float(np.abs(wanted).max(initial=0)))
+        if not (np.abs(scores - wanted) <= allowed).all():
+            raise CheckError(
+                f"{RERANK_FILE} and {GRAPH_FILE} score differently", remedy="report it with the checkpoint"
+            )
+    if APPEND_FILE in graph.signature["graphs"]:
+        appending = AppendingRecommender(folder, StateStore(max_bytes=2**28))
+        longer = np.flatnonzero(histories.item_ids.lengths > 1)
+        appending.recommend(Histories(histories.item_ids.without_last(1), histories.exclude_ids).select(longer), k)
+        compare(answer, appending.recommend(histories, k), rule)
+
+
 def _identity(folder: Path) -> bytes:
-    """Hash of the artefact by its manifest, which has the hashes of all files; of the graph where there is none."""
+    """Hash of the artefact by its manifest, which has the hashes of all files; else by the graph and its data files."""
     manifest = folder / "manifest.json"
-    return hashlib.sha256((manifest if manifest.exists() else folder / APPEND_FILE).read_bytes()).digest()
+    if manifest.exists():
+        return hashlib.sha256(manifest.read_bytes()).digest()
+    files = [(name, (folder / name).stat()) for name in DATA_FILES]
+    seen = [(name, status.st_size, status.st_mtime_ns) for name, status in files]
+    return hashlib.sha256((folder / APPEND_FILE).read_bytes() + repr(seen).encode()).digest()

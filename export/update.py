@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from export.bundle import BENCHMARK_FILE, GOLDEN_FILE, SUMS_FILE, save_golden, stored_golden, write_sums
+from export.bundle import BENCHMARK_FILE, GOLDEN_FILE, MAX_GOLDEN, SUMS_FILE, save_golden, stored_golden, write_sums
 from export.card import model_card
 from export.items import PROJECTION_FILE, ItemWeights, read_items, write_items
 from export.parity import PARITY_FILE, Parity, ParityRule, compare
 from export.runtime import ITEM_DATA, SIGNATURE_FILE, OnnxRecommender, read_signature
+from export.states import check_other_graphs
 from export.triton import write_triton
 from slmrec.artifact import MANIFEST, Artifact, Stage, file_sha256, is_up_to_date, open_artifact, publish, write_json
 from slmrec.catalogue import ITEMS_FILE, Catalogue, load_catalogue
@@ -71,10 +72,11 @@ def update_items(
         return open_artifact(output), True
     catalogue, tables, signature = load_catalogue(bundle.path), read_items(bundle.path), read_signature(bundle.path)
     projection = _projection(bundle.path)
-    item_dim = len(projection["weight"])
-    joining = [] if items is None else read_new_items(items, catalogue, tables, item_dim)
+    joining = [] if items is None else read_new_items(items, catalogue, tables, len(projection["weight"]))
+    if signature["has_titles"] and any(item.vector is not None for item in joining):
+        raise DataError(f"{items}: items of this model have a share from their titles as well", remedy="similar items")
     leaving = [] if retire is None else read_retired(retire, catalogue)
-    changed = updated(tables, joining, leaving, projection)
+    changed = updated(tables, joining, leaving, projection if signature["folds_items"] else {})
     with publish(output, stage, finish=write_sums) as folder:
         for entry in sorted(bundle.path.iterdir()):
             if entry.is_file() and entry.name not in LEFT_BEHIND and entry.suffix not in (".plan", ".rtx"):
@@ -122,13 +124,15 @@ def read_retired(path: Path, catalogue: Catalogue) -> list[int]:
 def updated(
     tables: ItemWeights, joining: list[NewItem], leaving: list[int], projection: Mapping[str, np.ndarray]
 ) -> ItemWeights:
-    """The tables with new rows after the last item, and without scores for those who leave."""
+    """The tables with new rows after the last item, and without scores for those who leave.
+
+    `projection` (weight, bias) makes a row of the table of an item's own vector; empty where the graph does so.
+    """
     table, outputs, offsets = (np.array(values) for values in (tables.table, tables.outputs, tables.offsets))
     for row, item in enumerate(joining, start=tables.count + 1):
         offsets[row] = item.bias
         if item.vector is not None:
-            projected = item.vector @ projection["weight"] + projection["bias"]
-            table[row] = item.vector if table.shape[1] == len(item.vector) else projected
+            table[row] = item.vector @ projection["weight"] + projection["bias"] if projection else item.vector
             outputs[row] = item.vector if item.output_vector is None else item.output_vector
         else:
             near = np.array(item.similar)
@@ -140,21 +144,22 @@ def updated(
 
 def expected_lists(tables: ItemWeights, users: np.ndarray, histories: Histories, k: int, *, keep_history: bool) -> TopK:
     """What the tables say in plain numpy: products, offsets, a stable sort."""
-    scores = users @ tables.outputs.T + tables.offsets
+    items, best = np.zeros((len(users), k), dtype=np.int64), np.zeros((len(users), k), dtype=np.float32)
     for row, (history, excluded) in enumerate(zip(histories.item_ids, histories.exclude_ids, strict=True)):
-        scores[row, excluded] = -np.inf
-        if not keep_history:
-            scores[row, history] = -np.inf
-    items = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-    best = np.take_along_axis(scores, items, axis=1).astype(np.float32)
-    return TopK(np.where(np.isinf(best), 0, items), best)
+        scores = tables.outputs @ users[row] + tables.offsets
+        scores[excluded if keep_history else np.concatenate([history, excluded])] = -np.inf
+        items[row] = np.argsort(-scores, kind="stable")[:k]
+        best[row] = scores[items[row]]
+    return TopK(np.where(best == -np.inf, 0, items), best)
 
 
 def _check_and_save_golden(old: Path, new: Path, tables: ItemWeights, num_new: int) -> Parity:
     """Golden requests, and such with a new item at their end, must be answered as the tables say."""
     histories, _ = stored_golden(old)
+    histories = histories.select(np.arange(min(len(histories), MAX_GOLDEN)))  # earlier updates added some
     fresh = tables.count - np.arange(min(num_new, MAX_CHECKED))
-    rows = [*histories.item_ids, *([*histories.item_ids[i % len(histories)], item] for i, item in enumerate(fresh))]
+    rows = [*histories.item_ids]
+    rows += [np.append(histories.item_ids[i % len(histories)], item) for i, item in enumerate(fresh)]
     excluded = [*histories.exclude_ids, *(histories.exclude_ids[i % len(histories)] for i in range(len(fresh)))]
     asked = Histories(Ragged.from_rows(rows), Ragged.from_rows(excluded))
     recommender = OnnxRecommender(new)
@@ -163,6 +168,7 @@ def _check_and_save_golden(old: Path, new: Path, tables: ItemWeights, num_new: i
     wanted = expected_lists(tables, recommender.user_vectors(asked), asked, k, keep_history=keep_history)
     answer = recommender.recommend(asked, k)
     parity = compare(wanted, answer, ParityRule(precision="fp32"))
+    check_other_graphs(new, asked)
     save_golden(new, asked, answer)
     return parity
 
@@ -171,35 +177,43 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     if path.suffix not in (".parquet", ".jsonl"):
         raise DataError(f"{path} is neither .parquet nor .jsonl", remedy="a column item, and similar or vector")
     try:
-        frame = pl.read_parquet(path) if path.suffix == ".parquet" else pl.read_ndjson(path)
+        frame = pl.read_parquet(path) if path.suffix == ".parquet" else pl.read_ndjson(path, infer_schema_length=None)
     except (pl.exceptions.PolarsError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(f"{path} cannot be read: {reason}", remedy="a .parquet or .jsonl table") from None
     return frame.to_dicts()
 
 
 def _new_item(row: dict[str, Any], where: str, catalogue: Catalogue, widths: tuple[ItemWeights, int]) -> NewItem:
     tables, item_dim = widths
-    if not row.get("item"):
-        raise DataError(f"{where}: no item id", remedy="a column item with an id in every row")
+    item, title, bias = row.get("item"), row.get("title"), row.get("bias")
+    if item is None or item == "" or not isinstance(title, str | None):
+        raise DataError(
+            f"{where}: no item id, or a title that is no text", remedy="a column item with an id in every row"
+        )
     similar, vector, output = (row.get(name) for name in ("similar", "vector", "output_vector"))
     if (similar is None) == (vector is None) or similar == []:
         raise DataError(f"{where}: either similar or vector is needed", remedy="ids of similar items, or a vector")
-    if tables.has_biases != (output is not None):
-        problem = "this linear head needs an output_vector" if tables.has_biases else "a tied head has no output_vector"
-        raise DataError(f"{where}: {problem}", remedy="rows of the head where it has its own, else none")
+    if similar is not None and not (isinstance(similar, list) and all(isinstance(one, str) for one in similar)):
+        raise DataError(f"{where}: similar is {similar!r}, expected is a list of ids as text", remedy='["50", "172"]')
+    if tables.has_biases != (output is not None) or not (tables.has_biases or bias is None):
+        needed = "an output_vector (and a bias)" if tables.has_biases else "neither output_vector nor bias"
+        raise DataError(f"{where}: this head takes {needed}", remedy="rows of the head where it has its own, else none")
     return NewItem(
-        str(row["item"]),
-        row.get("title"),
-        tuple(int(item) for item in catalogue.to_internal(similar)) if similar is not None else (),
+        str(item),
+        title,
+        tuple(int(one) for one in catalogue.to_internal(similar)) if similar is not None else (),
         None if vector is None else _finite(vector, item_dim, f"{where}: vector"),
         None if output is None else _finite(output, tables.outputs.shape[1], f"{where}: output_vector"),
-        float(row.get("bias") or 0.0),
+        float(_finite([0.0 if bias is None else bias], 1, f"{where}: bias")[0]),
     )
 
 
-def _finite(values: list[float], width: int, where: str) -> np.ndarray:
-    array = np.array(values, dtype=np.float32)
+def _finite(values: Any, width: int, where: str) -> np.ndarray:
+    try:
+        array = np.array(values, dtype=np.float32)
+    except (TypeError, ValueError):
+        raise DataError(f"{where} is {values!r}", remedy=f"a list of {width} numbers") from None
     if array.shape != (width,):
         raise DataError(f"{where} has {array.size} numbers, expected are {width}", remedy="vectors of the item table")
     if not np.isfinite(array).all():

@@ -2,6 +2,7 @@
 
 import json
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from export.bundle import RULE_FILE, SUMS_FILE, stored_golden, sums
 from export.parity import Parity, ParityRule, compare
 from export.runtime import DATA_FILES, GRAPH_FILE, OnnxRecommender
+from export.states import check_other_graphs
 from slmrec.artifact import MANIFEST, library_versions, open_artifact
 from slmrec.errors import ArtifactError, CheckError
 from slmrec.recommender import TopK
@@ -100,20 +102,33 @@ def _require_sums(path: Path) -> int:
 def _require_data_inside(graph: Path) -> None:
     """An ONNX file names the files its weights lie in; a name that leads elsewhere would load a stranger's."""
     import onnx
-    from onnx.external_data_helper import uses_external_data
 
-    model = onnx.load(graph, load_external_data=False)
-    for tensor in model.graph.initializer:
-        if uses_external_data(tensor):
-            location = next(entry.value for entry in tensor.external_data if entry.key == "location")
-            if location not in DATA_FILES:
-                raise _failed(f"{graph.name} reads its weights from {location!r}")
+    for tensor in _tensors(onnx.load(graph, load_external_data=False).graph):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
+            locations = [entry.value for entry in tensor.external_data if entry.key == "location"]
+            if len(locations) != 1 or locations[0] not in DATA_FILES:
+                raise _failed(f"{graph.name} reads its weights from {', '.join(map(repr, locations)) or 'nowhere'}")
+
+
+def _tensors(graph: Any) -> Iterator[Any]:
+    """Every constant of a graph: initializers, sparse ones, attributes, and those of the graphs in its branches."""
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    for node in graph.node:
+        for attribute in node.attribute:
+            yield from (attribute.t, *attribute.tensors)
+            for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+                yield from (sparse.values, sparse.indices)
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _tensors(inner)
 
 
 def _golden(path: Path) -> Parity:
     rule = ParityRule(**json.loads((path / RULE_FILE).read_text(encoding="utf-8")))
     histories, expected = stored_golden(path)
     actual = OnnxRecommender(path).recommend(histories, expected.item_ids.shape[1])
+    check_other_graphs(path, histories)
     first = slice(None, 10)
     return compare(
         TopK(expected.item_ids[:, first], expected.scores[:, first]),

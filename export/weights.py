@@ -10,7 +10,7 @@ from jaxtyping import Float32, Int8
 from torch import Tensor, nn
 
 from export.items import ROW_STEP, ItemWeights
-from slmrec.errors import ConfigError
+from slmrec.errors import CheckError, ConfigError
 from slmrec.models.decoder import DecoderModel
 from slmrec.models.layers import Int8Linear, Int8WeightLinear
 from slmrec.models.prompt import Layout
@@ -67,6 +67,11 @@ class LayerWeights:
     """The instruction's keys, rotated."""
     prefix_values: Float32[np.ndarray, "kv_heads prefix head_dim"]
 
+    @property
+    def linears(self) -> tuple[LinearWeights, ...]:
+        """All linear layers."""
+        return self.query, self.key, self.value, self.out, self.gate, self.up, self.down
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServingWeights:
@@ -89,13 +94,12 @@ class ServingWeights:
     @property
     def num_8bit_layers(self) -> int:
         """Linear layers with 8-bit weights."""
-        names = ("query", "key", "value", "out", "gate", "up", "down")
-        return sum(getattr(layer, name).scale is not None for layer in self.layers for name in names)
+        return sum(linear.scale is not None for layer in self.layers for linear in layer.linears)
 
     @property
     def rounds_inputs(self) -> bool:
         """Whether any layer computes in 8 bits."""
-        return any(layer.query.rounds_inputs or layer.down.rounds_inputs for layer in self.layers)
+        return any(linear.rounds_inputs for layer in self.layers for linear in layer.linears)
 
 
 @torch.no_grad()
@@ -129,6 +133,13 @@ def serving_weights(model: DecoderModel, *, fold_items: bool = True, spare_items
         cos=_array(cos[0, :, :half]),
         sin=_array(sin[0, :, :half]),
     )
+
+
+def require_finite(model: DecoderModel) -> None:
+    """Refuse weights that are not finite: 8-bit rounding would make numbers, and lists, of them."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise CheckError(f"{name} is not finite (NaN or infinite)", remedy="make the checkpoint again")
 
 
 def require_static_rope(config: Any) -> None:

@@ -43,6 +43,8 @@ class GraphWriter:
         self.constants: dict[str, tuple[np.ndarray, str]] = {}
         self.inputs: list[Any] = []
         self.outputs: list[Any] = []
+        self.described_inputs: dict[str, tuple[str, list[int | str]]] = {}
+        self.described_outputs: dict[str, tuple[str, list[int | str]]] = {}
         self._made: dict[bytes, list[Value]] = {}
         self._domains: set[str] = set()
         self._numbers = itertools.count()
@@ -50,12 +52,14 @@ class GraphWriter:
     def input(self, name: str, kind: str, shape: Sequence[int | str]) -> Value:
         """An input of the graph."""
         self.inputs.append(helper.make_tensor_value_info(name, KINDS[kind], shape))
+        self.described_inputs[name] = (kind, list(shape))
         return name
 
     def output(self, value: Value, name: str, kind: str, shape: Sequence[int | str]) -> None:
         """Make a value an output of the graph."""
         self.nodes.append(helper.make_node("Identity", [value], [name]))
         self.outputs.append(helper.make_tensor_value_info(name, KINDS[kind], shape))
+        self.described_outputs[name] = (kind, list(shape))
 
     def constant(self, array: np.ndarray) -> Value:
         """A constant; ones of the same content are one. Large ones go into the decoder's data file."""

@@ -262,6 +262,12 @@ class ExportConfig:
         require(
             0 <= self.spare_items <= 10, f"spare_items={self.spare_items} is no share from 0 to 10", "--spare-items 0.1"
         )
+        for name in ("tune", "int8_items"):
+            require(
+                self.fuse_kernels or not getattr(self, name),
+                f"{name} needs ONNX Runtime's own operations, which fuse_kernels=False leaves out",
+                f"leave out --no-fuse-kernels or --{name.replace('_', '-')}",
+            )
         require(18 <= self.opset <= 20, f"opset={self.opset} is not tested", "--opset 20")
 
 

@@ -35,6 +35,14 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
+def has_vnni() -> bool:
+    """Whether products of 8-bit numbers are summed in 32 bits at once; so they are on every processor but older x86."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return True
+    flags = set(_first(r"^flags\s*:\s*(.*)$", _read(Path("/proc/cpuinfo"))).split())
+    return bool(flags & {"avx_vnni", "avx512_vnni", "avx512vnni", "amx_int8"})
+
+
 def _threads() -> dict[str, str | int]:
     threads: dict[str, str | int] = {name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ}
     torch = sys.modules.get("torch")

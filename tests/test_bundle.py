@@ -178,3 +178,30 @@ def test_8_bit_lists_must_overlap():
     compare(top([1, 2], [1.0, 0.5]), top([2, 1], [0.9, 0.6]), INT8)
     with pytest.raises(CheckError, match="overlap"):
         compare(top([1, 2], [1.0, 0.5]), top([1, 3], [1.0, 0.5]), INT8)
+
+
+@pytest.mark.parametrize("place", ["initializer", "two locations", "none", "constant", "branch"])
+def test_weights_outside_the_bundle_are_refused_wherever_a_graph_names_them(tmp_path, place):
+    import onnx
+    from onnx import TensorProto, helper
+
+    from export.verify import _require_data_inside
+
+    tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[4], data_location=TensorProto.EXTERNAL)
+    locations = {"two locations": ["model.onnx.data", "/etc/passwd"], "none": []}.get(place, ["../other.data"])
+    for location in locations:
+        tensor.external_data.add(key="location", value=location)
+    nodes, initializers = [], []
+    if place == "constant":
+        nodes = [helper.make_node("Constant", [], ["w"], value=tensor)]
+    elif place == "branch":
+        branch = helper.make_graph([], "then", [], [], [tensor])
+        nodes = [
+            helper.make_node("If", ["c"], ["y"], then_branch=branch, else_branch=helper.make_graph([], "e", [], []))
+        ]
+    else:
+        initializers = [tensor]
+    graph = helper.make_graph(nodes, "g", [], [], initializers)
+    onnx.save(helper.make_model(graph), tmp_path / "model.onnx")
+    with pytest.raises(CheckError, match="reads its weights from"):
+        _require_data_inside(tmp_path / "model.onnx")

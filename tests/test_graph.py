@@ -8,12 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress.int8 import quantize_model
+from export.graph import Serving, recommend_graph
 from export.onnx_export import export_model
 from export.parity import ParityRule, compare, score_gaps
 from export.runtime import OnnxRecommender
 from export.top_k import top_k as graph_top_k
-from export.writer import GraphWriter
+from export.weights import serving_weights
+from export.writer import GraphWriter, save_graphs
 from slmrec.config import ExportConfig
+from slmrec.errors import CheckError, ConfigError
 from slmrec.models.ranking import TorchRecommender, top_k
 from slmrec.ragged import Ragged
 from slmrec.recommender import Histories
@@ -120,16 +123,76 @@ def test_8_bit_weights_are_stored_in_8_bits(tiny_model, tmp_path):
     assert all(opset.version == 20 for opset in model.opset_import if opset.domain == "")
 
 
-def test_nan_weights_give_nan_scores_and_no_list(tiny_model, tmp_path):
-    from slmrec.errors import CheckError
-
+def test_weights_that_are_not_finite_are_not_exported(tiny_model, tmp_path):
     model = tiny_model(prompt="none").eval()
     with torch.no_grad():
+        model.decoder.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(CheckError, match=r"layers\.0\.mlp\.up_proj\.weight is not finite"):
+        export_model(model, tmp_path, ExportConfig())
+
+
+@pytest.mark.parametrize("int8_items", [False, True])
+def test_nan_in_a_graph_gives_nan_scores_and_no_list(tiny_model, tmp_path, int8_items):
+    model = tiny_model(prompt="none").eval()
+    config = ExportConfig(int8_items=int8_items)
+    export_model(model, tmp_path, config)
+    with torch.no_grad():
         model.decoder.norm.weight[0] = torch.nan
-    export_model(model, tmp_path, ExportConfig())
+    save_graphs({"model.onnx": recommend_graph(Serving(serving_weights(model), config, {}))}, tmp_path)
     for recommender in (OnnxRecommender(tmp_path), TorchRecommender(model, "cpu")):
         with pytest.raises(CheckError, match="NaN"):
             recommender.recommend(histories(), 5)
+
+
+def test_layers_kept_in_fp32_leave_the_others_in_8_bits(tiny_model, tmp_path):
+    model = quantize_model(tiny_model(prompt="none"), ("*.q_proj", "*.down_proj")).eval()
+    export_model(model, tmp_path, ExportConfig())
+    graph = OnnxRecommender(tmp_path)
+    assert graph.signature["precision"] == "int8"
+    assert graph.signature["num_8bit_layers"] == 3 * 5
+    expected, actual = (one.recommend(histories(), 10) for one in (TorchRecommender(model, "cpu"), graph))
+    assert compare(expected, actual, ParityRule(precision="int8")).overlap_at_10 >= 0.99
+
+
+def test_without_fused_kernels_a_graph_is_standard_onnx_alone(tiny_model, tmp_path):
+    import onnx
+
+    model = quantize_model(tiny_model(prompt="prefix", num_items=70_000)).eval()
+    for name, value in (("item_table", torch.nn.Embedding(70_001, 64)), ("item_proj", torch.nn.Linear(64, 32)),
+                        ("user_proj", torch.nn.Linear(32, 64, bias=False))):  # fmt: skip
+        setattr(model, name, value)
+    export_model(model, tmp_path, ExportConfig(fuse_kernels=False))
+    for graph in ("model.onnx", "rerank.onnx"):
+        opsets = {entry.domain for entry in onnx.load(tmp_path / graph, load_external_data=False).opset_import}
+        assert opsets == {""}
+    export_model(model, tmp_path, ExportConfig())
+    assert "certified" in OnnxRecommender(tmp_path).signature["outputs"]  # large tables have an 8-bit copy by default
+    for flag in ("tune", "int8_items"):
+        with pytest.raises(ConfigError, match=f"{flag} needs ONNX Runtime's own operations"):
+            ExportConfig(**{flag: True, "fuse_kernels": False})
+
+
+def test_a_raw_graph_takes_no_users_and_no_history(pair):
+    graph, nothing = pair[1], np.zeros((0, 3), dtype=np.int64)
+    assert graph.run(nothing, np.zeros((0, 0), dtype=np.int64))[0].shape == (0, 20)
+    items, scores = (
+        graph.run(np.zeros((2, 0), dtype=np.int64), np.zeros((2, 0), dtype=np.int64))
+        if (graph.signature["suffix_length"])
+        else (np.ones((2, 20)), np.zeros((2, 20)))
+    )
+    assert items.shape == (2, 20)
+    assert np.isfinite(scores).all()
+
+
+def test_without_vnni_8_bit_products_are_computed_without_overflow(tiny_model, tmp_path, monkeypatch):
+    model = quantize_model(tiny_model(prompt="none")).eval()
+    export_model(model, tmp_path, ExportConfig())
+    expected = OnnxRecommender(tmp_path).recommend(histories(), 10)
+    asked = []
+    monkeypatch.setattr("export.runtime.has_vnni", lambda: asked.append(1))
+    actual = OnnxRecommender(tmp_path).recommend(histories(), 10)
+    assert asked
+    np.testing.assert_allclose(actual.scores, expected.scores, rtol=1e-5)
 
 
 @settings(max_examples=60, deadline=None)

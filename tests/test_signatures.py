@@ -41,9 +41,9 @@ def test_excluded_and_unknown_candidates_score_nothing_in_the_raw_graph(pair):
     session = OnnxRecommender(pair[1]).load("rerank.onnx")
     candidates = np.array([[-1, 0, 21, 2**40, 7, 8, 9]])
     request = {"item_ids": np.array([[1, 2]]), "exclude_ids": np.array([[8, -5]]), "candidate_ids": candidates}
-    [scores] = session.run(None, request)
+    [scores] = session.run(["scores"], request)
     assert np.isfinite(scores[0]).tolist() == [False] * 4 + [True, False, True]
-    [free] = session.run(None, request | {"exclude_ids": np.zeros((1, 0), dtype=np.int64)})
+    [free] = session.run(["scores"], request | {"exclude_ids": np.zeros((1, 0), dtype=np.int64)})
     assert np.isfinite(free[0]).tolist() == [False] * 4 + [True] * 3
 
 
@@ -145,3 +145,32 @@ def test_an_8_bit_chain_answers_as_the_whole_history_does(tiny_model, tmp_path):
         gaps.append(np.abs(kept - full).max() / np.abs(full).max())
     assert max(gaps) < 2e-2  # a rounding that falls on the other side
     assert np.median(gaps) < 1e-5
+
+
+@pytest.mark.parametrize(("length", "meant"), [(-5, 0), (10**6, 5), (2**40, 5)])
+def test_a_past_longer_than_what_is_given_or_below_nothing_counts_as_what_there_is(pair, length, meant):
+    recommender = AppendingRecommender(pair[1], StateStore(max_bytes=2**20))
+    generator = np.random.default_rng(0)
+    keys, values = (generator.normal(size=(1, 3, 2, 5, 8)).astype(np.float32) for _ in range(2))
+    request = {
+        "new_item": np.array([[7]]), "seen_ids": np.arange(1, 6)[None], "past_keys": keys, "past_values": values,
+        "exclude_ids": np.zeros((1, 0), dtype=np.int64),
+    }  # fmt: skip
+    found, wanted = (
+        recommender.session.run(["top_scores"], request | {"past_length": np.array([n])})[0] for n in (length, meant)
+    )
+    np.testing.assert_array_equal(found, wanted)
+
+
+def test_signature_json_names_every_tensor_of_every_graph(pair):
+    signature = OnnxRecommender(pair[1]).signature
+    for graph in signature["graphs"]:
+        session = OnnxRecommender(pair[1]).load(graph)
+        for kind, tensors in (("inputs", session.get_inputs()), ("outputs", session.get_outputs())):
+            described = signature["tensors"][graph][kind]
+            assert set(described) == {tensor.name for tensor in tensors}
+            for tensor in tensors:
+                shape = described[tensor.name]["shape"]
+                assert len(shape) == len(tensor.shape)
+                assert all(own == size for own, size in zip(tensor.shape, shape, strict=True) if isinstance(size, int))
+                assert described[tensor.name]["dtype"] == tensor.type[7:-1].replace("float", "float32")

@@ -156,11 +156,16 @@ def test_a_thousand_random_updates_leave_what_a_dictionary_has(tiny_model, tmp_p
         ({"item": "x", "vector": [0.0] * 7}, "vector has 7 numbers, expected are 8"),
         ({"item": "x", "vector": [1e39] * 8}, "vector is not finite"),
         ({"similar": ["1"]}, "no item id"),
+        ({"item": "x", "title": 7, "similar": ["1"]}, "a title that is no text"),
+        ({"item": "x", "similar": "12"}, "similar is '12', expected is a list of ids"),
+        ({"item": "x", "similar": [1, 2]}, "expected is a list of ids as text"),
+        ({"item": "x", "vector": "0.1 0.2"}, "vector is '0.1 0.2'"),
+        ({"item": "x", "vector": [0.0] * 8, "bias": 1e39}, "bias is not finite|takes neither"),
     ],
 )
 def test_items_that_cannot_join_are_refused_by_row(made, tmp_path, row, message):
     model, path = made
-    row = {name: [load_catalogue(path).item_ids[0] if v == "1" else v for v in value] if name == "similar" else value
+    row = {name: [load_catalogue(path).item_ids[0] if v == "1" else v for v in value] if name == "similar" and isinstance(value, list) else value
            for name, value in row.items()}  # fmt: skip
     if row.get("item") == "1":
         row["item"] = load_catalogue(path).item_ids[0]
@@ -187,7 +192,7 @@ def test_a_linear_head_needs_rows_and_a_tied_one_has_none(made, tmp_path):
     linear = model.item_head is not None
     file = tmp_path / "new.jsonl"
     file.write_text(json.dumps(row if linear else row | {"output_vector": [0.0] * 8}))
-    with pytest.raises(DataError, match="needs an output_vector" if linear else "has no output_vector"):
+    with pytest.raises(DataError, match="takes an output_vector" if linear else "takes neither output_vector"):
         update_items(open_artifact(path), tmp_path / "out", items=file, retire=None)
 
 
@@ -213,3 +218,52 @@ def test_the_command_updates_a_bundle_and_nothing_else(made, tmp_path):
     arguments[1] = str(path.parent / "export")
     with pytest.raises(ArtifactError, match="expected a bundle"):
         CliRunner().invoke(main, arguments, catch_exceptions=False, standalone_mode=False)
+
+
+def test_columns_that_come_late_in_a_file_are_read(made, tmp_path):
+    model, path = made
+    first = load_catalogue(path).item_ids[0]
+    rows = [{"item": f"n{number}", "similar": [first]} for number in range(80)]
+    rows[-1]["title"] = "The last"
+    late = [{"item": f"x{number}", "similar": [first]} for number in range(120)]
+    lines = [*late, {"item": "late", "title": "Late", "similar": [first], "unknown": 1.5}]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    from export.update import _rows
+
+    assert _rows(tmp_path / "long.jsonl")[-1]["title"] == "Late"
+    update_items(open_artifact(path), tmp_path / "new", items=new_items(tmp_path / "n.jsonl", model, rows), retire=None)
+    assert load_catalogue(tmp_path / "new").titles[-1] == "The last"
+    histories, _ = stored_golden(tmp_path / "new")
+    assert len(histories) == len(stored_golden(path)[0]) + 64
+    again = update_items(
+        open_artifact(tmp_path / "new"), tmp_path / "newer", items=new_items(tmp_path / "m.jsonl", model, [
+            {"item": "m", "similar": [first]}]), retire=None,
+    )  # fmt: skip
+    assert len(stored_golden(again[0].path)[0]) == 65
+
+
+@pytest.mark.parametrize("fold_items", [True, False])
+def test_a_vector_is_projected_where_the_table_is_also_where_widths_are_equal(tiny_model, tmp_path, fold_items):
+    import torch
+
+    model = tiny_model(prompt="none", num_items=40).eval()
+    for name, value in (("item_table", torch.nn.Embedding(41, 32)), ("item_proj", torch.nn.Linear(32, 32)),
+                        ("user_proj", torch.nn.Linear(32, 32, bias=False))):  # fmt: skip
+        setattr(model, name, value)
+    export_model(model, tmp_path, ExportConfig(fold_items=fold_items, append=False))
+    signature = json.loads((tmp_path / "signature.json").read_text())
+    assert signature["folds_items"] == fold_items
+    vector = np.ones(32, dtype=np.float32)
+    projection = {"weight": model.item_proj.weight.detach().numpy().T, "bias": model.item_proj.bias.detach().numpy()}
+    item = NewItem("x", None, (), vector, None, 0.0)
+    tables = updated(read_items(tmp_path), [item], [], projection if signature["folds_items"] else {})
+    write_items(tmp_path, tables)
+    (tmp_path / "signature.json").write_text(json.dumps(signature | {"num_items": 41}))
+    users = Histories.of(Ragged.from_rows([[1, 41]]))
+    with torch.no_grad():
+        table = torch.cat([model.item_table.weight, torch.ones(1, 32)])
+        model.item_table = torch.nn.Embedding.from_pretrained(table)
+        expected = model.score(torch.tensor([[1, 41]]))[0].numpy()
+    expected[[0, 40]] = -np.inf
+    scores = OnnxRecommender(tmp_path).recommend(users, 20).scores[0]
+    np.testing.assert_allclose(scores, -np.sort(-expected)[:20], rtol=1e-4, atol=1e-4)

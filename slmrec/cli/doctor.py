@@ -98,13 +98,13 @@ def _gpu() -> Finding:
 
 
 def _processor() -> Finding:
+    from slmrec.machine import has_vnni
     from slmrec.train import computes_bfloat16
 
     torch = importlib.import_module("torch")
     bf16 = computes_bfloat16(torch.device("cpu"))
-    vnni = bool(torch.cpu._is_vnni_supported()) if hasattr(torch.cpu, "_is_vnni_supported") else False
     training = "bfloat16" if bf16 else "fp32 (no bfloat16 in hardware)"
-    text = f"{len(os.sched_getaffinity(0))} cores; trains in {training}; 8-bit VNNI {'yes' if vnni else 'no'}"
+    text = f"{len(os.sched_getaffinity(0))} cores; trains in {training}; 8-bit VNNI {'yes' if has_vnni() else 'no'}"
     return Finding("processor", text, ok=True)
 
 
