@@ -1,6 +1,7 @@
 """A contestant of `serving_speed.py` in the project's own environment: an exported graph, or Hugging Face in eager.
 
     python benchmarks/contestant.py graph FOLDER
+    python benchmarks/contestant.py append FOLDER
     python benchmarks/contestant.py eager FOLDER [--compile]
 
 Eager reads a folder of `plain_folder` in `serving_speed.py`: a decoder whose vocabulary is instruction, response and
@@ -27,6 +28,32 @@ def graph(folder: Path) -> None:
         return recommender.run(item_ids, np.repeat(nobody, len(item_ids), axis=0))[0]
 
     answer(call, {"precision": recommender.signature["precision"]})
+
+
+def append(folder: Path) -> None:
+    """The newest item of a user whose other items' keys and values are known."""
+    from export.states import AppendingRecommender, StateStore
+
+    recommender = AppendingRecommender(folder, StateStore(max_bytes=2**30))
+    known: dict[bytes, dict[str, np.ndarray]] = {}
+
+    def call(item_ids: np.ndarray) -> np.ndarray:
+        request = known.get(item_ids.tobytes())
+        if request is None:
+            nothing, nobody = recommender.nothing, np.zeros((1, 0), dtype=np.int64)
+            request = {
+                "new_item": item_ids[:, :-1], "seen_ids": nobody, "past_length": np.array([0]),
+                "past_keys": nothing.keys[None], "past_values": nothing.values[None], "exclude_ids": nobody,
+            }  # fmt: skip
+            keys, values = recommender.session.run(["new_keys", "new_values"], request)
+            request |= {
+                "new_item": item_ids[:, -1:], "seen_ids": item_ids[:, :-1], "past_length": np.array([keys.shape[3]]),
+                "past_keys": keys, "past_values": values,
+            }  # fmt: skip
+            known[item_ids.tobytes()] = request
+        return recommender.session.run(["top_items", "new_keys", "new_values"], request)[0]  # type: ignore[no-any-return]
+
+    answer(call)
 
 
 def eager(folder: Path, *, compiled: bool) -> None:
@@ -60,5 +87,7 @@ if __name__ == "__main__":
     kind, path = sys.argv[1], Path(sys.argv[2])
     if kind == "graph":
         graph(path)
+    elif kind == "append":
+        append(path)
     else:
         eager(path, compiled="--compile" in sys.argv)

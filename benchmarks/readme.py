@@ -237,6 +237,13 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "slmrec": slmrec,
     "slmrec_beauty": slmrec,
     "distill_speed": distill_speed,
+    "eight_bit_ml_100k": eight_bit,
+    "eight_bit_beauty": eight_bit,
+    "pruning_ml_100k": pruning,
+    "calibration_memory": calibration_memory,
+    "orthogonality": orthogonality,
+    "serving_peers": serving_peers,
+    "serving_ablation": serving_ablation,
 }
 RECORDED_AS = {"baselines": "baselines_ml_100k", "slmrec": "slmrec_ml_100k"}
 """Results whose file is not named as their table."""

@@ -2,9 +2,10 @@
 
     python benchmarks/serving_speed.py peers
     python benchmarks/serving_speed.py ablation
+    python benchmarks/serving_speed.py append
 
 The first layers of SmolLM2 with the paper's prompt, a full window of 30 items, a catalogue of Beauty's size (12,101
-items of 64 dimensions; random vectors), two threads. Contestants answer in turn, each in a process of its own; ratios
+items of 64 dimensions; random vectors), two threads; `append`: a new item after 50, against all 51 at once. Contestants answer in turn, each in a process of its own; ratios
 are those of one round, their median and spread over rounds.
 """
 
@@ -35,7 +36,7 @@ TRANSFORMATIONS = ("fold_prefix", "newest_only", "fold_items", "join_projections
 HERE = Path(__file__).parent
 
 
-def student(num_layers: int) -> DecoderModel:
+def student(num_layers: int, window: int = WINDOW) -> DecoderModel:
     """A decoder recommender of pretrained layers and a random item table."""
     backbone = load_backbone("smollm2-135m", num_layers)
     prefix, suffix = prompt_embeddings(backbone.folder, backbone.embeddings, "slmrec")
@@ -43,7 +44,7 @@ def student(num_layers: int) -> DecoderModel:
     spec = DecoderSpec(
         decoder=decoder_settings(backbone.decoder.config, num_layers),
         recipe=RecipeConfig(prompt="slmrec", titles="none", supervision="last"), num_items=NUM_ITEMS, item_dim=ITEM_DIM,
-        max_history=WINDOW, prefix_length=len(prefix), suffix_length=len(suffix), has_titles=False,
+        max_history=window, prefix_length=len(prefix), suffix_length=len(suffix), has_titles=False,
         backbone=backbone.name,
     )  # fmt: skip
     model = DecoderModel(spec)
@@ -86,11 +87,11 @@ def graph_folder(model: DecoderModel, folder: Path, **settings: bool) -> Path:
     return folder
 
 
-def write_requests(folder: Path, batch_sizes: list[int]) -> dict[str, Path]:
-    """Random full windows, 32 batches of each size."""
+def write_requests(folder: Path, batch_sizes: list[int], window: int = WINDOW, batches: int = 32) -> dict[str, Path]:
+    """Random full windows."""
     generator, paths = np.random.default_rng(0), {}
     for size in batch_sizes:
-        rows = generator.random((32, size, NUM_ITEMS)).argpartition(WINDOW, axis=2)[..., :WINDOW] + 1
+        rows = generator.random((batches, size, NUM_ITEMS)).argpartition(window, axis=2)[..., :window] + 1
         paths[f"batch {size}"] = folder / f"requests-{size}.npz"
         np.savez(paths[f"batch {size}"], item_ids=rows.astype(np.int64))
     return paths
@@ -139,12 +140,22 @@ def ablation(runs: Path) -> dict[str, Contestant]:
     return {name: own("graph", folder) for name, folder in folders.items()}
 
 
+def append(runs: Path) -> dict[str, Contestant]:
+    """A user who comes back, in fp32 and in 8 bits."""
+    model, found = student(4, 51), {}
+    for name, one in (("fp32", model), ("8-bit", quantize_model(model))):
+        folder = graph_folder(one, runs / name, append=True)
+        found[f"whole history, {name}"] = own("graph", folder)
+        found[f"append, {name}"] = own("append", folder)
+    return found
+
+
 def measure(what: str, runs: Path, rounds: int) -> dict[str, Any]:
     """Start everyone, let them run, and compare."""
-    sizes = [1, 32] if what == "peers" else [1, 8]
-    requests = write_requests(runs, sizes)
-    contestants = (peers if what == "peers" else ablation)(runs)
-    baseline = "eager" if what == "peers" else "none"
+    sizes = {"peers": [1, 32], "ablation": [1, 8], "append": [1]}[what]
+    requests = write_requests(runs, sizes, *((51, 1) if what == "append" else ()))
+    contestants = {"peers": peers, "ablation": ablation, "append": append}[what](runs)
+    baseline = {"peers": "eager", "ablation": "none", "append": "whole history, fp32"}[what]
     calls = {size: 10 if size == "batch 1" else 2 for size in requests}
     medians = contest(contestants, requests, rounds, calls)
     lists = {name: one.lists(requests[f"batch {sizes[-1]}"]) for name, one in contestants.items()}
@@ -160,13 +171,16 @@ def measure(what: str, runs: Path, rounds: int) -> dict[str, Any]:
             result[f"{graph}, against"] = {
                 size: {name: ratios(found, name)[graph] for name in found} for size, found in medians.items()
             }
+    if what == "append":
+        eight = {size: ratios(found, "whole history, 8-bit")["append, 8-bit"] for size, found in medians.items()}
+        result["append, 8-bit, against whole history, 8-bit"] = eight
     return result
 
 
 def main() -> None:
     """Let them run, print and record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["peers", "ablation"])
+    parser.add_argument("what", choices=["peers", "ablation", "append"])
     parser.add_argument("--rounds", type=int, default=10)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
