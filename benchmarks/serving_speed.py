@@ -5,8 +5,9 @@
     python benchmarks/serving_speed.py append
 
 The first layers of SmolLM2 with the paper's prompt, a full window of 30 items, a catalogue of Beauty's size (12,101
-items of 64 dimensions; random vectors), two threads; `append`: a new item after 50, against all 51 at once. Contestants answer in turn, each in a process of its own; ratios
-are those of one round, their median and spread over rounds.
+items of 64 dimensions; random vectors), two threads; `append` is a new item after 50, against all 51 at once.
+Contestants answer in turn, each in a process of its own; ratios are those of one round, their median and spread over
+rounds.
 """
 
 import argparse
