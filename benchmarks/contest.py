@@ -1,7 +1,7 @@
 """Contestants that answer the same requests in turn, each in a process (and, if need be, an environment) of its own.
 
-Threads of one never spin while another is timed: a round asks one contestant several times, after a pause and a first
-call that is not counted. A contestant is a script that calls `answer(function)`; this file needs numpy alone.
+Threads of one never spin while another is timed: a round asks one contestant for half a second, after a pause and a
+first call that is not counted. A contestant is a script that calls `answer(function)`; this file needs numpy alone.
 """
 
 import json
@@ -17,6 +17,8 @@ import numpy as np
 MARK = "answer: "
 PAUSE = 0.25
 """Seconds after which no thread pool in use here spins any more."""
+TURN = 0.5
+"""Seconds that a contestant is asked at a time: processors are slow for some milliseconds after a pause."""
 
 
 class Contestant:
@@ -28,26 +30,26 @@ class Contestant:
         )
         self.about = self._read()
 
-    def seconds(self, requests: Path, calls: int) -> list[float]:
-        """Seconds of each of some calls on a file of requests (`item_ids` [users, history], one call a row of it)."""
+    def seconds(self, requests: Path) -> list[float]:
+        """Seconds of each call, for `TURN` seconds, on a file of requests (`item_ids`, one call a row of it)."""
         time.sleep(PAUSE)
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"requests": str(requests), "calls": calls}) + "\n")
-        self.process.stdin.flush()
-        return self._read()["seconds"]  # type: ignore[no-any-return]
+        return self._ask(requests, TURN)["seconds"]  # type: ignore[no-any-return]
 
     def lists(self, requests: Path) -> np.ndarray:
         """The first ten items of each user of the first call, [users, 10]."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"requests": str(requests), "calls": 0}) + "\n")
-        self.process.stdin.flush()
-        return np.array(self._read()["first_ten"])
+        return np.array(self._ask(requests, 0)["first_ten"])
 
     def close(self) -> None:
         """Let it end."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()
+
+    def _ask(self, requests: Path, seconds: float) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"requests": str(requests), "seconds": seconds}) + "\n")
+        self.process.stdin.flush()
+        return self._read()
 
     def _read(self) -> dict[str, Any]:
         assert self.process.stdout is not None
@@ -65,22 +67,22 @@ def answer(function: Callable[[np.ndarray], np.ndarray], about: Mapping[str, Any
         with np.load(order["requests"]) as stored:
             batches = stored["item_ids"]
         items, seconds = function(batches[0]), []
-        for call in range(order["calls"]):
+        while sum(seconds) < order["seconds"]:
             start = time.perf_counter()
-            function(batches[call % len(batches)])
+            function(batches[len(seconds) % len(batches)])
             seconds.append(time.perf_counter() - start)
         print(f"\n{MARK}{json.dumps({'seconds': seconds, 'first_ten': items[:, :10].tolist()})}", flush=True)
 
 
 def contest(
-    contestants: Mapping[str, Contestant], requests: Mapping[str, Path], rounds: int, calls: Mapping[str, int]
+    contestants: Mapping[str, Contestant], requests: Mapping[str, Path], rounds: int
 ) -> dict[str, dict[str, list[float]]]:
     """Request set -> contestant -> the median seconds of a call in every round."""
     found: dict[str, dict[str, list[float]]] = {size: {name: [] for name in contestants} for size in requests}
     for turn in range(rounds):
         for size, path in requests.items():
             for name, contestant in contestants.items():
-                found[size][name].append(float(np.median(contestant.seconds(path, calls[size]))))
+                found[size][name].append(float(np.median(contestant.seconds(path))))
         print(f"round {turn + 1} of {rounds}", file=sys.stderr, flush=True)
     return found
 

@@ -117,7 +117,7 @@ def speed(paths: dict[str, Path], histories: Histories, window: int, rounds: int
         requests[size] = paths["fp32"].parent / f"{size}.npz"
         np.savez(requests[size], item_ids=batches)
     contestants = {name: own("graph", path) for name, path in paths.items()}
-    medians = contest(contestants, requests, rounds, {"batch 1": 10, "batch 32": 3})
+    medians = contest(contestants, requests, rounds)
     for contestant in contestants.values():
         contestant.close()
     return {size: ratios(found, "fp32") for size, found in medians.items()}

@@ -26,7 +26,7 @@ def measure(folder: Path, requests: Path, processes: int) -> dict[str, Any]:
     running: list[Contestant] = []
     for _ in range(processes):
         running.append(own("graph", folder))
-        running[-1].seconds(requests, 20)
+        running[-1].seconds(requests)
     found = [psutil.Process(one.process.pid).memory_full_info() for one in running]
     for one in running:
         one.close()

@@ -157,8 +157,7 @@ def measure(what: str, runs: Path, rounds: int) -> dict[str, Any]:
     requests = write_requests(runs, sizes, *((51, 1) if what == "append" else ()))
     contestants = {"peers": peers, "ablation": ablation, "append": append}[what](runs)
     baseline = {"peers": "eager", "ablation": "none", "append": "whole history, fp32"}[what]
-    calls = {size: 10 if size == "batch 1" else 2 for size in requests}
-    medians = contest(contestants, requests, rounds, calls)
+    medians = contest(contestants, requests, rounds)
     lists = {name: one.lists(requests[f"batch {sizes[-1]}"]) for name, one in contestants.items()}
     for contestant in contestants.values():
         contestant.close()
