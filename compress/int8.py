@@ -81,11 +81,13 @@ def quantize_model(
 
 
 def require_matches(model: DecoderModel, patterns: Sequence[str]) -> None:
-    """Refuse a pattern that names no linear layer."""
+    """Refuse a pattern that names no linear layer, and patterns that name all."""
     names = decoder_linears(model)
     for pattern in patterns:
         if not any(_matches(name, pattern) for name in names):
             raise ConfigError(f"no layer matches --keep-fp {pattern!r}", remedy=f"a name such as {names[-1]!r}")
+    if patterns and all(any(_matches(name, pattern) for pattern in patterns) for name in names):
+        raise ConfigError("--keep-fp leaves no layer in 8 bits", remedy="fewer patterns, or no quantization")
 
 
 def decoder_linears(model: DecoderModel) -> list[str]:

@@ -112,7 +112,7 @@ def require_prunable(model: DecoderModel, config: PruneConfig, parent: Artifact)
     if config.num_layers is not None and config.num_layers >= depth:
         raise ConfigError(
             f"num_layers={config.num_layers}, but {parent.path} has {depth} layers",
-            remedy=f"--num-layers {depth - 1} or fewer" if depth > 1 else "--mlp-size: it has a single layer",
+            remedy=f"--num-layers between 1 and {depth - 1}" if depth > 1 else "--mlp-size: it has a single layer",
         )
     if config.drop and (min(config.drop) < 0 or max(config.drop) >= depth or len(config.drop) >= depth):
         raise ConfigError(

@@ -66,6 +66,11 @@ def update_items(
     """
     if items is None and retire is None:
         raise ConfigError("neither new items nor retired ones were named", remedy="--items FILE, --retire FILE or both")
+    for path in (items, retire):
+        if path is not None and not path.is_file():
+            raise DataError(
+                f"{path} is no file", remedy="the path of a table of new items, or of a list of retired ids"
+            )
     settings = {name: file_sha256(path) for name, path in (("items", items), ("retire", retire)) if path is not None}
     stage = Stage(name="update-items", kind="bundle", settings=settings, parents={"bundle": bundle})
     if is_up_to_date(output, stage, force=force):
@@ -117,7 +122,10 @@ def read_new_items(path: Path, catalogue: Catalogue, tables: ItemWeights, item_d
 
 def read_retired(path: Path, catalogue: Catalogue) -> list[int]:
     """Internal ids of a text file of external ones, one a line."""
-    lines = path.read_text(encoding="utf-8").split("\n")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError:
+        raise DataError(f"{path} is no UTF-8 text", remedy="one id a line") from None
     return [int(item) for item in catalogue.to_internal([line.strip() for line in lines if line.strip()])]
 
 

@@ -200,7 +200,7 @@ def open_artifact(path: Path, *kinds: str) -> Artifact:
     if kinds and manifest["kind"] not in kinds:
         raise ArtifactError(
             f"{path} is a {manifest['kind']} (made by {manifest['stage']}), expected a {' or '.join(kinds)}",
-            remedy="name another folder with -m/--model or -d/--data",
+            remedy=f"the folder of a {' or '.join(kinds)} in its place",
         )
     for name, entry in manifest["files"].items():
         file = path / name
@@ -334,7 +334,7 @@ def _require_replaceable(output: Path, manifest: Mapping[str, Any], stage: Stage
     """Refuse, with --force too, to put an artefact in the place of another kind or of what it is made from."""
     if manifest["kind"] != stage.kind:
         raise ArtifactError(
-            f"{output} holds a {manifest['kind']} (made by {manifest['stage']}), which a {stage.kind} cannot replace",
+            f"{output} holds a {manifest['kind']} (made by {manifest['stage']}), which no {stage.kind} can replace",
             remedy="another --output, or move it away yourself",
         )
     for name, parent in stage.parents.items():

@@ -169,7 +169,11 @@ class QuantizeConfig:
             "LLM.int8 is not calibrated: it finds outliers in every batch anew",
             "--backend neutral, or leave out --calibration-histories and --no-migrate",
         )
-        require(0 < self.accuracy_gate <= 1, f"accuracy_gate={self.accuracy_gate} is no share", "--accuracy-gate 0.99")
+        require(
+            0 < self.accuracy_gate <= 1,
+            f"accuracy_gate={self.accuracy_gate} is no share above 0 and at most 1",
+            "--accuracy-gate 0.99",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -100,7 +100,7 @@ def test_force_never_replaces_what_the_artefact_is_made_from_nor_another_kind(tm
         with pytest.raises(ArtifactError, match="would be made from"):
             is_up_to_date(tmp_path / output, again, force=True)
     bundle = Stage(name="bundle", kind="bundle", settings={}, parents={})
-    with pytest.raises(ArtifactError, match=r"holds a checkpoint \(made by make\), which a bundle cannot replace"):
+    with pytest.raises(ArtifactError, match=r"holds a checkpoint \(made by make\), which no bundle can replace"):
         is_up_to_date(tmp_path / "parent", bundle, force=True)
 
 

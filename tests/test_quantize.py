@@ -173,3 +173,10 @@ def test_recommendations_of_an_8_bit_model_do_not_depend_on_company(tiny_model):
     for row, items in enumerate(rows):
         alone = recommender.recommend(Histories.of(Ragged.from_rows([items])), 5)
         assert (alone.item_ids[0] == together.item_ids[row]).all()
+
+
+def test_patterns_that_keep_every_layer_are_refused(tiny_model):
+    with pytest.raises(ConfigError, match="leaves no layer in 8 bits"):
+        quantize_model(tiny_model(prompt="none"), ("*",))
+    with pytest.raises(ConfigError, match="leaves no layer in 8 bits"):
+        quantize_model(tiny_model(prompt="none"), ("*.self_attn.*", "*.mlp.*"))

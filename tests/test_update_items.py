@@ -268,3 +268,16 @@ def test_a_vector_is_projected_where_the_table_is_also_where_widths_are_equal(ti
     expected[[0, 40]] = -np.inf
     scores = OnnxRecommender(tmp_path).recommend(users, 20).scores[0]
     np.testing.assert_allclose(scores, -np.sort(-expected)[:20], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("flag", ["items", "retire"])
+@pytest.mark.parametrize("kind", ["missing", "folder", "binary"])
+def test_files_that_are_none_are_refused_by_name(made, tmp_path, flag, kind):
+    path = tmp_path / "file.jsonl"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "binary":
+        path.write_bytes(b"\xff\xfe\x00\x81")
+    with pytest.raises(DataError, match=r"file\.jsonl (is no file|is no UTF-8 text|cannot be read)"):
+        update_items(open_artifact(made[1]), tmp_path / "out", **{"items": None, "retire": None} | {flag: path})
+    assert not (tmp_path / "out").exists()
