@@ -14,8 +14,6 @@ from pathlib import Path
 import numpy as np
 from contest import answer
 
-TOP_K = 100
-
 
 def graph(folder: Path) -> None:
     """An exported graph, called as the runtime calls it."""
@@ -59,6 +57,7 @@ def append(folder: Path) -> None:
 def eager(folder: Path, *, compiled: bool) -> None:
     """A transformers decoder, the item head and top-K of PyTorch."""
     import torch
+    from plain_student import recommending
     from transformers import AutoModel
 
     from export.runtime import usable_cores
@@ -66,21 +65,7 @@ def eager(folder: Path, *, compiled: bool) -> None:
     torch.set_num_threads(usable_cores())
     decoder = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     run = torch.compile(decoder) if compiled else decoder
-    with np.load(folder / "head.npz") as stored:
-        head = {name: torch.from_numpy(stored[name]) for name in ("user_proj", "outputs")}
-        before, after = int(stored["prefix_length"]), int(stored["suffix_length"])
-
-    @torch.inference_mode()
-    def call(item_ids: np.ndarray) -> np.ndarray:
-        items = torch.from_numpy(item_ids)
-        texts = torch.arange(before + after).expand(len(items), -1)
-        words = torch.cat([texts[:, :before], items + (before + after - 1), texts[:, before:]], dim=1)
-        state = run(input_ids=words, use_cache=False).last_hidden_state[:, -1]
-        scores = (state @ head["user_proj"]) @ head["outputs"].T
-        scores.scatter_(1, items - 1, -torch.inf)
-        return scores.topk(TOP_K).indices.numpy() + 1  # type: ignore[no-any-return]
-
-    answer(call)
+    answer(recommending(folder, lambda words: run(input_ids=words, use_cache=False).last_hidden_state))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from recording import RESULTS, record
 
 from export.item_head import Head, certified_items, exact_items
 from export.items import ROW_STEP, ItemWeights
-from export.runtime import usable_cores
+from export.runtime import session_options, usable_cores
 from export.writer import GraphWriter, save_graphs
 
 mpl.use("Agg")
@@ -81,9 +81,7 @@ def child(graph: Path, rounds: int) -> None:
     """Time one graph; print milliseconds, certified share and peak memory."""
     import onnxruntime as ort
 
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = usable_cores()
-    session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(graph, session_options(usable_cores()), providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     generator = np.random.default_rng(1)
     masked, seconds, certified = np.zeros((1, 1), dtype=np.int64), [], []

@@ -9,7 +9,6 @@ import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from cells import cell
@@ -20,11 +19,31 @@ from slmrec_table import recipes
 from compress.prune import prune, read_pruning
 from slmrec.artifact import open_artifact
 from slmrec.compress_config import ImportanceConfig, PruneConfig
-from slmrec.dataset import load_dataset
+from slmrec.dataset import Dataset, load_dataset
 from slmrec.metrics import ndcg, ratio_of_means
 from slmrec.models.checkpoint import load_decoder
 
 CRITERIA = ("damage", "angular")
+
+
+def asked(runs: Path, data: Dataset, seed: int, num_layers: int) -> tuple[dict[str, np.ndarray], dict[str, list[int]]]:
+    """NDCG@10 of each test user by the whole teacher and by criterion, and the layers that each criterion keeps."""
+    at, name = runs / f"seed-{seed}", runs.name.removeprefix("table-")
+    teacher = open_artifact(at / "teacher")
+    train = replace(recipes(name, seed)[2].train, epochs=2)
+    models, kept = {"whole": teacher}, {}
+    for criterion in CRITERIA:
+        config = PruneConfig(
+            num_layers=num_layers, criterion=criterion, importance=ImportanceConfig(seed=seed), train=train
+        )
+        models[criterion], _ = prune(teacher, data, at / f"teacher {num_layers} by {criterion}", config)
+        kept[criterion] = read_pruning(models[criterion])[0]["kept_layers"]
+    users = {}
+    for row, model in models.items():
+        place = at / "cells" / ("teacher whole.json" if row == "whole" else f"{model.path.name}.json")
+        made = cell(place, model.hash, lambda one=model: ranked(load_decoder(one), data))
+        users[row] = ndcg(np.array(made["ranks"]), 10)
+    return users, kept
 
 
 def main() -> None:
@@ -35,38 +54,20 @@ def main() -> None:
     parser.add_argument("--num-layers", type=int, default=6)
     arguments = parser.parse_args()
     data, name = load_dataset(arguments.runs / "data"), arguments.runs.name.removeprefix("table-")
-    users: dict[str, list[np.ndarray]] = {}
-    kept: dict[str, list[Any]] = {criterion: [] for criterion in CRITERIA}
-    for seed in map(int, arguments.seeds.split(",")):
-        at = arguments.runs / f"seed-{seed}"
-        teacher = open_artifact(at / "teacher")
-        whole = cell(at / "cells" / "teacher whole.json", teacher.hash, lambda t=teacher: ranked(load_decoder(t), data))
-        users.setdefault("whole", []).append(ndcg(np.array(whole["ranks"]), 10))
-        train = replace(recipes(name, seed)[2].train, epochs=2)
-        for criterion in CRITERIA:
-            config = PruneConfig(
-                num_layers=arguments.num_layers,
-                criterion=criterion,
-                importance=ImportanceConfig(seed=seed),
-                train=train,
-            )
-            smaller, _ = prune(teacher, data, at / f"teacher {arguments.num_layers} by {criterion}", config)
-            place = at / "cells" / f"{smaller.path.name}.json"
-            made = cell(place, smaller.hash, lambda one=smaller: ranked(load_decoder(one), data))
-            users.setdefault(criterion, []).append(ndcg(np.array(made["ranks"]), 10))
-            kept[criterion].append(read_pruning(smaller)[0]["kept_layers"])
-    means = {row: np.mean(seeds, axis=0) for row, seeds in users.items()}
+    by_seed = [asked(arguments.runs, data, int(seed), arguments.num_layers) for seed in arguments.seeds.split(",")]
+    means = {row: np.mean([users[row] for users, _ in by_seed], axis=0) for row in ("whole", *CRITERIA)}
+    seeds = {row: [float(users[row].mean()) for users, _ in by_seed] for row in means}
     rows = {}
     for criterion in CRITERIA:
         ratio = ratio_of_means(means[criterion], means["whole"])
         rows[criterion] = {
             "ndcg@10": float(means[criterion].mean()), "of_whole": [ratio.estimate, ratio.low, ratio.high],
-            "by_seed": [float(one.mean()) for one in users[criterion]], "kept_layers": kept[criterion],
+            "by_seed": seeds[criterion], "kept_layers": [kept[criterion] for _, kept in by_seed],
         }  # fmt: skip
     between = ratio_of_means(means["damage"], means["angular"])
     result = {
         "dataset": name, "num_users": len(means["whole"]), "num_layers": arguments.num_layers,
-        "whole": {"ndcg@10": float(means["whole"].mean()), "by_seed": [float(one.mean()) for one in users["whole"]]},
+        "whole": {"ndcg@10": float(means["whole"].mean()), "by_seed": seeds["whole"]},
         "rows": rows, "damage_over_angular": [between.estimate, between.low, between.high],
     }  # fmt: skip
     record(f"pruning_{name.replace('-', '_')}", result)

@@ -30,7 +30,7 @@ from slmrec.config import ExportConfig, RecipeConfig
 from slmrec.metrics import overlap
 from slmrec.models.decoder import DecoderModel, DecoderSpec, decoder_settings
 from slmrec.models.prompt import prompt_embeddings
-from slmrec.train_teacher import load_backbone
+from slmrec.train_teacher import load_backbone, pretrained_model
 
 NUM_ITEMS, ITEM_DIM, WINDOW, TEACHER_LAYERS = 12_101, 64, 30, 30
 TRANSFORMATIONS = ("fold_prefix", "newest_only", "fold_items", "join_projections", "fuse_kernels", "block_max")
@@ -40,20 +40,16 @@ HERE = Path(__file__).parent
 def student(num_layers: int, window: int = WINDOW) -> DecoderModel:
     """A decoder recommender of pretrained layers and a random item table."""
     backbone = load_backbone("smollm2-135m", num_layers)
-    prefix, suffix = prompt_embeddings(backbone.folder, backbone.embeddings, "slmrec")
+    texts = prompt_embeddings(backbone.folder, backbone.embeddings, "slmrec")
     torch.manual_seed(0)
     spec = DecoderSpec(
         decoder=decoder_settings(backbone.decoder.config, num_layers),
         recipe=RecipeConfig(prompt="slmrec", titles="none", supervision="last"), num_items=NUM_ITEMS, item_dim=ITEM_DIM,
-        max_history=window, prefix_length=len(prefix), suffix_length=len(suffix), has_titles=False,
+        max_history=window, prefix_length=len(texts[0]), suffix_length=len(texts[1]), has_titles=False,
         backbone=backbone.name,
     )  # fmt: skip
-    model = DecoderModel(spec)
-    weights = {name: value for name, value in backbone.decoder.state_dict().items() if "embed_tokens" not in name}
-    model.decoder.load_state_dict(weights)
+    model = pretrained_model(spec, backbone, texts)
     with torch.no_grad():
-        model.prefix.copy_(prefix)
-        model.suffix.copy_(suffix)
         model.item_table.weight.normal_()
         model.item_proj.weight.mul_(backbone.token_rms / model.item_proj.weight.std() / ITEM_DIM**0.5)
     return model.eval()

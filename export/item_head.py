@@ -29,7 +29,7 @@ class Head:
     block_max: bool
 
     def item(self, name: str) -> Value:
-        """One of the item tables, see `ItemWeights.arrays`."""
+        """One of the item tables, see `ItemWeights.array`."""
         return self.graph.item_constant(name, self.items.array(name))
 
 

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import numpy as np
 
-from export.graph import Serving, append_graph, recommend_graph, rerank_graph
+from export.decoder import Serving
+from export.graph import append_graph, recommend_graph, rerank_graph
 from export.items import PROJECTION_FILE
-from export.parity import PARITY_FILE, check_parity, some_histories
+from export.parity import PARITY_FILE, check_other_graphs, check_parity, some_histories
 from export.runtime import APPEND_FILE, GRAPH_FILE, RERANK_FILE, SIGNATURE_FILE, TUNE_FILE, OnnxRecommender
 from export.signature import signature
-from export.states import check_other_graphs
 from export.tune import tune
 from export.weights import require_finite, serving_weights
 from export.writer import save_graphs

@@ -1,15 +1,18 @@
 """Whether two recommenders give the same answers, by a rule that a NaN cannot pass."""
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
 
+from export.runtime import APPEND_FILE, GRAPH_FILE, RERANK_FILE, OnnxRecommender
+from export.states import AppendingRecommender, StateStore
 from slmrec.errors import CheckError
 from slmrec.metrics import ndcg, overlap, ranks_of_targets
 from slmrec.ragged import Ragged
-from slmrec.recommender import Histories, Recommender, TopK
+from slmrec.recommender import PAD, Histories, Recommender, TopK
 from slmrec.sequences import test_cases
 
 PARITY_FILE = "parity.json"
@@ -79,6 +82,29 @@ def some_histories(sequences: Ragged) -> Histories:
     histories = test_cases(sequences).histories
     by_length = np.argsort(histories.item_ids.lengths, kind="stable")
     return histories.select(by_length[np.unique(np.linspace(0, len(by_length) - 1, 64).astype(np.int64))])
+
+
+def check_other_graphs(folder: Path, histories: Histories) -> None:
+    """Whether `rerank` and `append` answer as `recommend` does.
+
+    Raises:
+        CheckError: they do not.
+    """
+    graph = OnnxRecommender(folder)
+    k = min(10, graph.max_top_k, graph.num_items)
+    rule = ParityRule(precision=graph.signature["precision"])
+    answer = graph.recommend(histories, k)
+    candidates = Ragged.from_rows([row[row != PAD] for row in answer.item_ids])
+    for row, scores in enumerate(graph.rerank(histories, candidates)):
+        wanted = answer.scores[row][answer.item_ids[row] != PAD]
+        allowed = rule.score_tolerance * max(1e-30, float(np.abs(wanted).max(initial=0)))
+        if not (np.abs(scores - wanted) <= allowed).all():
+            raise _unequal(f"{RERANK_FILE} and {GRAPH_FILE} give other scores")
+    if APPEND_FILE in graph.signature["graphs"]:
+        appending = AppendingRecommender(folder, StateStore(max_bytes=2**28))
+        longer = np.flatnonzero(histories.item_ids.lengths > 1)
+        appending.recommend(Histories(histories.item_ids.without_last(1), histories.exclude_ids).select(longer), k)
+        compare(answer, appending.recommend(histories, k), rule)
 
 
 def compare(expected: TopK, actual: TopK, rule: ParityRule) -> Parity:

@@ -99,15 +99,13 @@ class OnnxRecommender:
         """What item outputs are multiplied by: scores are the products, plus offsets."""
         histories.check(self.num_items)
         windows, nobody = histories.item_ids.newest(int(self.signature["max_history"])), np.zeros((1, 0), np.int64)
-        rows: list[np.ndarray] = [np.zeros(0, np.float32)] * len(histories)
+        described = self.signature["tensors"][RERANK_FILE]["outputs"]["user_vectors"]
+        found = np.zeros((len(histories), int(described["shape"][1])), dtype=np.float32)
         for batch, width in self._batches(windows.lengths):
             none = np.repeat(nobody, len(batch), axis=0)
             request = {"item_ids": windows.select(batch).pad_left(width), "exclude_ids": none, "candidate_ids": none}
-            [vectors] = self._reranker().run(["user_vectors"], request)
-            for row, vector in zip(batch, vectors, strict=True):
-                rows[row] = vector
-        width = self._reranker().get_outputs()[1].shape[1]
-        return np.stack(rows) if rows else np.zeros((0, width), np.float32)
+            [found[batch]] = self._reranker().run(["user_vectors"], request)
+        return found
 
     def _reranker(self) -> Any:
         with self._loading:
@@ -180,6 +178,18 @@ def loadable_providers() -> list[str]:
     ]
 
 
+def session_options(threads: int) -> Any:
+    """Settings of every ONNX Runtime session here."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    if not has_vnni():  # older instructions add pairs of 8-bit products in 16 bits, which can overflow
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    return options
+
+
 def _session(graph: Path, provider: str, threads: int) -> Any:
     try:
         import onnxruntime as ort
@@ -191,14 +201,9 @@ def _session(graph: Path, provider: str, threads: int) -> Any:
             f"{provider} was asked for; this ONNX Runtime has {', '.join(ort.get_available_providers())}",
             remedy="--device cpu, or pip install 'slmcompress[gpu]' (see slmcompress doctor)",
         )
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    if not has_vnni():  # older instructions add pairs of 8-bit products in 16 bits, which can overflow
-        options.add_session_config_entry("session.x64quantprecision", "1")
     broken = (state.Fail, state.InvalidGraph, state.InvalidProtobuf, state.NoSuchFile, state.InvalidArgument)
     try:
-        session = ort.InferenceSession(str(graph), options, providers=[provider])
+        session = ort.InferenceSession(str(graph), session_options(threads), providers=[provider])
     except (*broken, state.NotImplemented, state.RuntimeException) as error:
         reason = str(error).splitlines()[0]
         raise ArtifactError(

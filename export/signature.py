@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from export.graph import Serving
-from export.writer import GraphWriter
+from export.decoder import Serving
+from export.writer import GraphWriter, Tensor
 
 BUCKET_STEP = 8
 """Histories are padded to the next multiple of this, or to the window."""
@@ -55,10 +55,10 @@ def signature(model: Serving, graphs: Mapping[str, GraphWriter], *, has_titles: 
 
 
 def _tensors(graph: GraphWriter) -> dict[str, Any]:
-    return {"inputs": _described(graph.described_inputs), "outputs": _described(graph.described_outputs)}
+    return {"inputs": _described(graph.inputs), "outputs": _described(graph.outputs)}
 
 
-def _described(tensors: Mapping[str, tuple[str, list[int | str]]]) -> dict[str, Any]:
+def _described(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     return {
         name: {"dtype": kind, "shape": shape} | ({"meaning": MEANINGS[name]} if name in MEANINGS else {})
         for name, (kind, shape) in tensors.items()

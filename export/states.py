@@ -9,18 +9,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32
 
-from export.parity import ParityRule, compare
-from export.runtime import (
-    APPEND_FILE,
-    DATA_FILES,
-    GRAPH_FILE,
-    RERANK_FILE,
-    OnnxRecommender,
-    exclusions,
-    nan_scores,
-)  # fmt: skip
-from slmrec.errors import CheckError, ConfigError
-from slmrec.ragged import Ragged
+from export.runtime import APPEND_FILE, DATA_FILES, OnnxRecommender, exclusions, nan_scores
+from slmrec.errors import ConfigError
 from slmrec.recommender import PAD, Histories, TopK, check_top_k
 
 OUTPUTS = ["top_items", "top_scores", "new_keys", "new_values"]
@@ -150,31 +140,6 @@ class AppendingRecommender:
 
     def _key(self, history: np.ndarray) -> bytes:
         return hashlib.sha256(self._artifact + np.ascontiguousarray(history, dtype=np.int64).tobytes()).digest()
-
-
-def check_other_graphs(folder: Path, histories: Histories) -> None:
-    """Whether `rerank` and `append` answer as `recommend` does.
-
-    Raises:
-        CheckError: they do not.
-    """
-    graph = OnnxRecommender(folder)
-    k = min(10, graph.max_top_k, graph.num_items)
-    rule = ParityRule(precision=graph.signature["precision"])
-    answer = graph.recommend(histories, k)
-    candidates = Ragged.from_rows([row[row != PAD] for row in answer.item_ids])
-    for row, scores in enumerate(graph.rerank(histories, candidates)):
-        wanted = answer.scores[row][answer.item_ids[row] != PAD]
-        allowed = rule.score_tolerance * max(1e-30, float(np.abs(wanted).max(initial=0)))
-        if not (np.abs(scores - wanted) <= allowed).all():
-            raise CheckError(
-                f"{RERANK_FILE} and {GRAPH_FILE} score differently", remedy="report it with the checkpoint"
-            )
-    if APPEND_FILE in graph.signature["graphs"]:
-        appending = AppendingRecommender(folder, StateStore(max_bytes=2**28))
-        longer = np.flatnonzero(histories.item_ids.lengths > 1)
-        appending.recommend(Histories(histories.item_ids.without_last(1), histories.exclude_ids).select(longer), k)
-        compare(answer, appending.recommend(histories, k), rule)
 
 
 def _identity(folder: Path) -> bytes:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from export.linear import BLOCK, Linears, Rows, Shape, joined
-from export.runtime import usable_cores
+from export.runtime import session_options, usable_cores
 from export.weights import LinearWeights, ServingWeights
 from export.writer import GraphWriter
 
@@ -78,8 +78,7 @@ def _times(layer: LinearWeights, shape: Shape, rows: int) -> dict[str, float]:
     """Milliseconds of each kernel, in turns."""
     import onnxruntime as ort
 
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = usable_cores()
+    options = session_options(usable_cores())
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # or the others would be disturbed
     sessions = {}
     for kernel in KERNELS if shape[0] % BLOCK == 0 else ("integer", "fp32"):

@@ -12,9 +12,8 @@ import polars as pl
 from export.bundle import BENCHMARK_FILE, GOLDEN_FILE, MAX_GOLDEN, SUMS_FILE, save_golden, stored_golden, write_sums
 from export.card import model_card
 from export.items import PROJECTION_FILE, ItemWeights, read_items, write_items
-from export.parity import PARITY_FILE, Parity, ParityRule, compare
+from export.parity import PARITY_FILE, ParityRule, check_other_graphs, compare
 from export.runtime import ITEM_DATA, SIGNATURE_FILE, OnnxRecommender, read_signature
-from export.states import check_other_graphs
 from export.triton import write_triton
 from slmrec.artifact import MANIFEST, Artifact, Stage, file_sha256, is_up_to_date, open_artifact, publish, write_json
 from slmrec.catalogue import ITEMS_FILE, Catalogue, load_catalogue
@@ -75,13 +74,8 @@ def update_items(
     stage = Stage(name="update-items", kind="bundle", settings=settings, parents={"bundle": bundle})
     if is_up_to_date(output, stage, force=force):
         return open_artifact(output), True
-    catalogue, tables, signature = load_catalogue(bundle.path), read_items(bundle.path), read_signature(bundle.path)
-    projection = _projection(bundle.path)
-    joining = [] if items is None else read_new_items(items, catalogue, tables, len(projection["weight"]))
-    if signature["has_titles"] and any(item.vector is not None for item in joining):
-        raise DataError(f"{items}: items of this model have a share from their titles as well", remedy="similar items")
-    leaving = [] if retire is None else read_retired(retire, catalogue)
-    changed = updated(tables, joining, leaving, projection if signature["folds_items"] else {})
+    catalogue, signature = load_catalogue(bundle.path), read_signature(bundle.path)
+    joining, changed = _changes(bundle.path, catalogue, signature, items=items, retire=retire)
     with publish(output, stage, finish=write_sums) as folder:
         for entry in sorted(bundle.path.iterdir()):
             if entry.is_file() and entry.name not in LEFT_BEHIND and entry.suffix not in (".plan", ".rtx"):
@@ -93,6 +87,20 @@ def update_items(
         write_triton(folder)
         (folder / "README.md").write_text(model_card(bundle, read_signature(folder), None), encoding="utf-8")
     return open_artifact(output), False
+
+
+def _changes(
+    bundle: Path, catalogue: Catalogue, signature: Mapping[str, Any], *, items: Path | None, retire: Path | None
+) -> tuple[list[NewItem], ItemWeights]:
+    """The items that join, and the tables with them and without those who leave."""
+    tables = read_items(bundle)
+    with np.load(bundle / PROJECTION_FILE, allow_pickle=False) as stored:
+        projection = dict(stored)
+    joining = [] if items is None else read_new_items(items, catalogue, tables, len(projection["weight"]))
+    if signature["has_titles"] and any(item.vector is not None for item in joining):
+        raise DataError(f"{items}: items of this model have a share from their titles as well", remedy="similar items")
+    leaving = [] if retire is None else read_retired(retire, catalogue)
+    return joining, updated(tables, joining, leaving, projection if signature["folds_items"] else {})
 
 
 def read_new_items(path: Path, catalogue: Catalogue, tables: ItemWeights, item_dim: int) -> list[NewItem]:
@@ -161,7 +169,7 @@ def expected_lists(tables: ItemWeights, users: np.ndarray, histories: Histories,
     return TopK(np.where(best == -np.inf, 0, items), best)
 
 
-def _check_and_save_golden(old: Path, new: Path, tables: ItemWeights, num_new: int) -> Parity:
+def _check_and_save_golden(old: Path, new: Path, tables: ItemWeights, num_new: int) -> None:
     """Golden requests, and such with a new item at their end, must be answered as the tables say."""
     histories, _ = stored_golden(old)
     histories = histories.select(np.arange(min(len(histories), MAX_GOLDEN)))  # earlier updates added some
@@ -175,10 +183,9 @@ def _check_and_save_golden(old: Path, new: Path, tables: ItemWeights, num_new: i
     keep_history = bool(recommender.signature["keep_history"])
     wanted = expected_lists(tables, recommender.user_vectors(asked), asked, k, keep_history=keep_history)
     answer = recommender.recommend(asked, k)
-    parity = compare(wanted, answer, ParityRule(precision="fp32"))
+    compare(wanted, answer, ParityRule(precision="fp32"))
     check_other_graphs(new, asked)
     save_golden(new, asked, answer)
-    return parity
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -227,11 +234,6 @@ def _finite(values: Any, width: int, where: str) -> np.ndarray:
     if not np.isfinite(array).all():
         raise DataError(f"{where} is not finite", remedy="finite numbers")
     return array
-
-
-def _projection(folder: Path) -> dict[str, np.ndarray]:
-    with np.load(folder / PROJECTION_FILE, allow_pickle=False) as stored:
-        return dict(stored)
 
 
 def _extended(catalogue: Catalogue, joining: list[NewItem]) -> Catalogue:

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from export.bundle import RULE_FILE, SUMS_FILE, stored_golden, sums
-from export.parity import Parity, ParityRule, compare
+from export.parity import Parity, ParityRule, check_other_graphs, compare
 from export.runtime import DATA_FILES, GRAPH_FILE, OnnxRecommender
-from export.states import check_other_graphs
 from slmrec.artifact import MANIFEST, library_versions, open_artifact
 from slmrec.errors import ArtifactError, CheckError
 from slmrec.recommender import TopK

@@ -112,8 +112,9 @@ def serving_weights(model: DecoderModel, *, fold_items: bool = True, spare_items
         spare_items: rows for items to come, as a share of the catalogue.
 
     Raises:
-        ConfigError: its rotary embeddings depend on the length of a request.
+        ConfigError: its rotary embeddings depend on the length of a request, or its activation is not SiLU.
     """
+    require_silu(model.decoder.config)
     require_static_rope(model.decoder.config)
     layout = model.spec.layout
     length = layout.prefix_length + layout.max_history + layout.suffix_length
@@ -140,6 +141,12 @@ def require_finite(model: DecoderModel) -> None:
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise CheckError(f"{name} is not finite (NaN or infinite)", remedy="make the checkpoint again")
+
+
+def require_silu(config: Any) -> None:
+    """Refuse decoders with another activation than the one that graphs are written with."""
+    if config.hidden_act not in ("silu", "swish"):
+        raise ConfigError(f"the activation {config.hidden_act!r} cannot be exported", remedy="a backbone with silu")
 
 
 def require_static_rope(config: Any) -> None:

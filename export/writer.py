@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import onnx
-from onnx import TensorProto, external_data_helper, helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from export.runtime import DECODER_DATA, ITEM_DATA
 
@@ -25,6 +25,8 @@ ALIGNMENT = 4096
 
 Value = str
 """Name of a tensor in the graph."""
+Tensor = tuple[str, list[int | str]]
+"""Type and shape of an input or output: int64, float32 or bool; sizes, and names of those that are free."""
 
 
 class GraphWriter:
@@ -41,25 +43,21 @@ class GraphWriter:
         self.opset = opset
         self.nodes: list[Any] = []
         self.constants: dict[str, tuple[np.ndarray, str]] = {}
-        self.inputs: list[Any] = []
-        self.outputs: list[Any] = []
-        self.described_inputs: dict[str, tuple[str, list[int | str]]] = {}
-        self.described_outputs: dict[str, tuple[str, list[int | str]]] = {}
+        self.inputs: dict[str, Tensor] = {}
+        self.outputs: dict[str, Tensor] = {}
         self._made: dict[bytes, list[Value]] = {}
         self._domains: set[str] = set()
         self._numbers = itertools.count()
 
     def input(self, name: str, kind: str, shape: Sequence[int | str]) -> Value:
         """An input of the graph."""
-        self.inputs.append(helper.make_tensor_value_info(name, KINDS[kind], shape))
-        self.described_inputs[name] = (kind, list(shape))
+        self.inputs[name] = (kind, list(shape))
         return name
 
     def output(self, value: Value, name: str, kind: str, shape: Sequence[int | str]) -> None:
         """Make a value an output of the graph."""
         self.nodes.append(helper.make_node("Identity", [value], [name]))
-        self.outputs.append(helper.make_tensor_value_info(name, KINDS[kind], shape))
-        self.described_outputs[name] = (kind, list(shape))
+        self.outputs[name] = (kind, list(shape))
 
     def constant(self, array: np.ndarray) -> Value:
         """A constant; ones of the same content are one. Large ones go into the decoder's data file."""
@@ -128,7 +126,11 @@ class GraphWriter:
             (constants or {}).get(name) or numpy_helper.from_array(array, name)
             for name, (array, _) in self.constants.items()
         ]
-        graph = helper.make_graph(self.nodes, "slmcompress", self.inputs, self.outputs, tensors)
+        inputs, outputs = (
+            [helper.make_tensor_value_info(name, KINDS[kind], shape) for name, (kind, shape) in described.items()]
+            for described in (self.inputs, self.outputs)
+        )
+        graph = helper.make_graph(self.nodes, "slmcompress", inputs, outputs, tensors)
         opsets = [helper.make_opsetid("", self.opset)]
         if MICROSOFT in self._domains:
             opsets.append(helper.make_opsetid(MICROSOFT, 1))
@@ -172,10 +174,10 @@ class _DataFile:
                 self._places[name] = self._file.tell()
                 self._file.write(content.data)
         tensor = onnx.TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(array.dtype), dims=array.shape)
-        tensor.raw_data = b"\0"  # set_external_data insists on some
-        external_data_helper.set_external_data(tensor, self.path.name, self._places[name], content.nbytes)
-        tensor.ClearField("raw_data")
-        tensor.data_location = onnx.TensorProto.EXTERNAL
+        tensor.data_location = TensorProto.EXTERNAL
+        place = {"location": self.path.name, "offset": self._places[name], "length": content.nbytes}
+        for key, value in place.items():
+            tensor.external_data.add(key=key, value=str(value))
         return tensor
 
     def close(self) -> None:

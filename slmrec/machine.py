@@ -12,14 +12,14 @@ import psutil
 from slmrec.artifact import library_versions
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "KMP_AFFINITY")
+CPUINFO = Path("/proc/cpuinfo")
 INT8_FLAGS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8", "amx_bf16", "avx512_bf16", "asimddp", "i8mm")
 """Processor features that decide how fast 8-bit (and bfloat16) arithmetic is."""
 
 
 def describe_machine() -> dict[str, Any]:
     """Processor, cores, threads, memory, GPU where one is in use, load and library versions."""
-    cpuinfo = _read(Path("/proc/cpuinfo"))
-    flags = set(_first(r"^(?:flags|Features)\s*:\s*(.*)$", cpuinfo).split())
+    cpuinfo, flags = _read(CPUINFO), _flags()
     return {
         "cpu": _first(r"^model name\s*:\s*(.*)$", cpuinfo) or platform.processor() or platform.machine(),
         "cpu_flags": [flag for flag in INT8_FLAGS if flag in flags],
@@ -39,8 +39,12 @@ def has_vnni() -> bool:
     """Whether products of 8-bit numbers are summed in 32 bits at once; so they are on every processor but older x86."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return True
-    flags = set(_first(r"^flags\s*:\s*(.*)$", _read(Path("/proc/cpuinfo"))).split())
-    return bool(flags & {"avx_vnni", "avx512_vnni", "avx512vnni", "amx_int8"})
+    return bool(_flags() & {"avx_vnni", "avx512_vnni", "avx512vnni", "amx_int8"})
+
+
+def _flags() -> set[str]:
+    """Features of the processor, as Linux names them."""
+    return set(_first(r"^(?:flags|Features)\s*:\s*(.*)$", _read(CPUINFO)).split())
 
 
 def _threads() -> dict[str, str | int]:

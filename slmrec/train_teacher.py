@@ -104,20 +104,33 @@ def build_teacher(config: TeacherConfig, items: Artifact, data: Dataset) -> Deco
     """A teacher before training: pretrained layers, the item table of `items`, title vectors where known."""
     sasrec = require_item_table(load_model(items), items)
     backbone = load_backbone(config.backbone, config.num_layers)
-    prefix, suffix = prompt_embeddings(backbone.folder, backbone.embeddings, config.recipe.prompt)
+    texts = prompt_embeddings(backbone.folder, backbone.embeddings, config.recipe.prompt)
     torch.manual_seed(config.train.seed)
     settings = decoder_settings(backbone.decoder.config, config.num_layers)
-    spec = _spec(config, settings, (len(prefix), len(suffix)), sasrec.config.hidden_size, data)
-    model = DecoderModel(spec)
-    weights = {name: value for name, value in backbone.decoder.state_dict().items() if "embed_tokens" not in name}
-    model.decoder.load_state_dict(weights)
+    spec = _spec(config, settings, (len(texts[0]), len(texts[1])), sasrec.config.hidden_size, data)
+    model = pretrained_model(spec, backbone, texts)
     with torch.no_grad():
-        model.prefix.copy_(prefix)
-        model.suffix.copy_(suffix)
         model.item_table.weight.copy_(sasrec.item_table.weight)
         if model.titles is not None:
             model.titles.copy_(title_vectors(data.items, backbone.folder, backbone.embeddings))
     scale_item_inputs(model, backbone.token_rms)
+    return model
+
+
+@torch.no_grad()
+def pretrained_model(spec: DecoderSpec, backbone: Backbone, texts: tuple[Tensor, Tensor]) -> DecoderModel:
+    """A recommender with a backbone's layers and instruction; items and head are random.
+
+    Args:
+        spec: of as many layers as the backbone was loaded with.
+        backbone: where the layers come from.
+        texts: embeddings before and after the items, [prefix, hidden] and [suffix, hidden].
+    """
+    model = DecoderModel(spec)
+    weights = {name: value for name, value in backbone.decoder.state_dict().items() if "embed_tokens" not in name}
+    model.decoder.load_state_dict(weights)
+    model.prefix.copy_(texts[0])
+    model.suffix.copy_(texts[1])
     return model
 
 

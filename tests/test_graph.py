@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress.int8 import quantize_model
-from export.graph import Serving, recommend_graph
+from export.decoder import Serving
+from export.graph import recommend_graph
 from export.onnx_export import export_model
 from export.parity import ParityRule, compare, score_gaps
 from export.runtime import OnnxRecommender
@@ -142,6 +143,13 @@ def test_nan_in_a_graph_gives_nan_scores_and_no_list(tiny_model, tmp_path, int8_
     for recommender in (OnnxRecommender(tmp_path), TorchRecommender(model, "cpu")):
         with pytest.raises(CheckError, match="NaN"):
             recommender.recommend(histories(), 5)
+
+
+def test_another_activation_than_silu_is_refused_by_name(tiny_model, tmp_path):
+    model = tiny_model(num_layers=1, prompt="none").eval()
+    model.decoder.config.hidden_act = "gelu"
+    with pytest.raises(ConfigError, match="the activation 'gelu' cannot be exported"):
+        export_model(model, tmp_path, ExportConfig())
 
 
 def test_layers_kept_in_fp32_leave_the_others_in_8_bits(tiny_model, tmp_path):

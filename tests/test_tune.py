@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from compress.int8 import quantize_model
-from export.graph import Serving, recommend_graph
+from export.decoder import Serving
+from export.graph import recommend_graph
 from export.onnx_export import export_model
 from export.runtime import OnnxRecommender
 from export.tune import KERNELS, tune

@@ -10,13 +10,11 @@ import os
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from contest import answer
 from optimum.onnxruntime import ORTModelForFeatureExtraction, ORTQuantizer
 from optimum.onnxruntime.configuration import AutoQuantizationConfig
-
-TOP_K = 100
+from plain_student import recommending
 
 
 def exported(folder: Path) -> Path:
@@ -42,23 +40,13 @@ def main() -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     path = exported(folder) if precision == "fp32" else quantized(exported(folder))
     model = ORTModelForFeatureExtraction.from_pretrained(path, file_name=next(path.glob("*.onnx")).name)
-    with np.load(folder / "head.npz") as stored:
-        head = {name: torch.from_numpy(stored[name]) for name in ("user_proj", "outputs")}
-        before, after = int(stored["prefix_length"]), int(stored["suffix_length"])
 
-    @torch.inference_mode()
-    def call(item_ids: np.ndarray) -> np.ndarray:
-        items = torch.from_numpy(item_ids)
-        texts = torch.arange(before + after).expand(len(items), -1)
-        words = torch.cat([texts[:, :before], items + (before + after - 1), texts[:, before:]], dim=1)
+    def states(words: torch.Tensor) -> torch.Tensor:
         places = torch.arange(words.shape[1]).expand_as(words)
         found = model(input_ids=words, attention_mask=torch.ones_like(words), position_ids=places)
-        state = found.last_hidden_state[:, -1]
-        scores = (state @ head["user_proj"]) @ head["outputs"].T
-        scores.scatter_(1, items - 1, -torch.inf)
-        return scores.topk(TOP_K).indices.numpy() + 1  # type: ignore[no-any-return]
+        return found.last_hidden_state  # type: ignore[no-any-return]
 
-    answer(call)
+    answer(recommending(folder, states))
 
 
 if __name__ == "__main__":
