@@ -4,10 +4,9 @@ import numpy as np
 from onnx import TensorProto
 
 from export.decoder import DecoderGraph, Serving
-from export.item_head import LEAST_BYTES, Head, certified_items, exact_items
+from export.item_head import Head, certified_items, exact_items
 from export.weights import ServingWeights
 from export.writer import GraphWriter, Value, ints
-from slmrec.config import ExportConfig
 
 ONE = ints(1)
 
@@ -97,7 +96,7 @@ def _best_items(graph: GraphWriter, model: Serving, users: Value, masked: list[V
     ids = graph.op("Concat", *masked, axis=1) if len(masked) > 1 else masked[0]
     k = min(config.top_k or 100, weights.items.count)
     head = Head(graph, weights.items, users, ids, k, config.block_max)
-    if uses_int8_items(weights, config):
+    if config.int8_items:
         best, found, certified = certified_items(head)
         graph.output(certified, "certified", "bool", ["batch"])
     else:
@@ -105,13 +104,6 @@ def _best_items(graph: GraphWriter, model: Serving, users: Value, masked: list[V
     empty = graph.op("Equal", best, np.array(-np.inf, dtype=np.float32))
     graph.output(graph.op("Where", empty, np.array(0), found), "top_items", "int64", ["batch", "k"])
     graph.output(graph.op("Add", best, _poison(graph, users)), "top_scores", "float32", ["batch", "k"])
-
-
-def uses_int8_items(weights: ServingWeights, config: ExportConfig) -> bool:
-    """Whether items are scored by an 8-bit table first: as asked or, by default, where the fp32 one is large."""
-    if config.int8_items is None:
-        return config.fuse_kernels and weights.items.outputs.nbytes >= LEAST_BYTES
-    return config.int8_items
 
 
 def _poison(graph: GraphWriter, users: Value) -> Value:

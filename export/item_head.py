@@ -10,8 +10,6 @@ from export.linear import Linears, Rounded
 from export.top_k import BLOCK, block_values, top_k, top_places
 from export.writer import MICROSOFT, GraphWriter, Value, ints
 
-LEAST_BYTES = 16 * 2**20
-"""Tables of fewer bytes stay in the processor's cache, where 8 bits gain nothing."""
 ONE, MINUS_INFINITY = ints(1), np.array(-np.inf, dtype=np.float32)
 
 

@@ -250,8 +250,8 @@ class ExportConfig:
     """ONNX Runtime's own operations for norms, rotations and 8-bit products; else standard ONNX alone."""
     tune: bool = False
     """Choose the kernel of each 8-bit layer by measurement on this machine."""
-    int8_items: bool | None = None
-    """Score items by an 8-bit table first, lists certified to be those of the fp32 one; None = where it is large."""
+    int8_items: bool = False
+    """Score items by an 8-bit table first, lists certified to be those of the fp32 one; faster where memory is slow."""
     block_max: bool = True
     """The best items are looked for in the blocks of items with the largest maxima."""
 

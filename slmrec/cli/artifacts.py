@@ -28,7 +28,7 @@ RECOMMENDS = ("checkpoint", "graph", "bundle")
 @click.option("--join-projections/--no-join-projections", default=True, help="Queries, keys, values in one product.")
 @click.option("--fuse-kernels/--no-fuse-kernels", default=True, help="ONNX Runtime's own operations; else ONNX alone.")
 @click.option("--tune", is_flag=True, help="Choose the kernels of 8-bit layers by measurement on this machine.")
-@click.option("--int8-items/--no-int8-items", default=None, help="8-bit item table, exact lists  [default: if large]")
+@click.option("--int8-items", is_flag=True, help="8-bit item table first, lists certified to be the fp32 ones.")
 @click.option("--block-max/--no-block-max", default=True, help="Top items by way of the maxima of blocks.")
 @click.option("--trt", is_flag=True, help="A TensorRT engine beside the graph (not in this version).")
 @model_option
