@@ -60,7 +60,7 @@ def eager(folder: Path, *, compiled: bool) -> None:
     from plain_student import recommending
     from transformers import AutoModel
 
-    from export.runtime import usable_cores
+    from slmrec.machine import usable_cores
 
     torch.set_num_threads(usable_cores())
     decoder = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()

@@ -1,8 +1,10 @@
-"""What two of a teacher's eight layers are worth: chosen by ranking damage or by angle, healed, on test users.
+"""What two of a teacher's eight layers are worth: chosen by one of three criteria, healed, on test users.
 
     python benchmarks/pruning.py runs/table-ml-100k --seeds 0,1,2
 
-Models of `slmrec_table.py` (same folder). Both choices start from the same teacher and are healed alike.
+Models of `slmrec_table.py` (same folder). All choices start from the same teacher and are healed alike. "damage" is the
+product's: validation NDCG@10 lost; "likelihood" drops the layers without which the validation items' cross-entropy is
+least, which varies less from user to user.
 """
 
 import argparse
@@ -11,19 +13,52 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from cells import cell
 from orthogonality import ranked
 from recording import record
 from slmrec_table import recipes
 
+from compress.calibrate import some_cases
+from compress.importance import keep_layers
 from compress.prune import prune, read_pruning
-from slmrec.artifact import open_artifact
+from slmrec.artifact import Artifact, open_artifact
 from slmrec.compress_config import ImportanceConfig, PruneConfig
 from slmrec.dataset import Dataset, load_dataset
 from slmrec.metrics import ndcg, ratio_of_means
 from slmrec.models.checkpoint import load_decoder
+from slmrec.models.decoder import DecoderModel
+from slmrec.sequences import Cases, validation_cases
 
-CRITERIA = ("damage", "angular")
+CRITERIA = ("damage", "likelihood", "angular")
+USERS_AT_ONCE = 128
+
+
+@torch.inference_mode()
+def cross_entropy(model: DecoderModel, cases: Cases) -> float:
+    """Mean cross-entropy of the cases' next items over the whole catalogue."""
+    windows, losses = cases.histories.item_ids.newest(model.max_history), []
+    for length in np.unique(windows.lengths):
+        group = np.flatnonzero(windows.lengths == length)
+        for rows in np.array_split(group, -(-len(group) // USERS_AT_ONCE)):
+            scores = model.score(torch.from_numpy(windows.select(rows).pad_left(int(length))))
+            targets = torch.from_numpy(cases.targets[rows] - 1)
+            losses.append(torch.nn.functional.cross_entropy(scores, targets, reduction="none"))
+    return float(torch.cat(losses).double().mean())
+
+
+def least_surprised(teacher: Artifact, data: Dataset, count: int, seed: int) -> tuple[int, ...]:
+    """Layers to drop, one after the other, each the one without which cross-entropy is least; never the last."""
+    model, config = load_decoder(teacher).eval(), ImportanceConfig(seed=seed)
+    cases = some_cases(validation_cases(data.sequences), config.max_users, config.seed)
+    dropped: list[int] = []
+    for _ in range(count):
+        left = [layer for layer in range(model.num_layers - 1) if layer not in dropped]
+        kept = [[one for one in range(model.num_layers) if one not in (*dropped, layer)] for layer in left]
+        losses = [cross_entropy(keep_layers(model, rest).eval(), cases) for rest in kept]
+        print({layer: round(loss, 4) for layer, loss in zip(left, losses, strict=True)}, flush=True)
+        dropped.append(left[int(np.argmin(losses))])
+    return tuple(sorted(dropped))
 
 
 def asked(runs: Path, data: Dataset, seed: int, num_layers: int) -> tuple[dict[str, np.ndarray], dict[str, list[int]]]:
@@ -33,9 +68,13 @@ def asked(runs: Path, data: Dataset, seed: int, num_layers: int) -> tuple[dict[s
     train = replace(recipes(name, seed)[2].train, epochs=2)
     models, kept = {"whole": teacher}, {}
     for criterion in CRITERIA:
-        config = PruneConfig(
-            num_layers=num_layers, criterion=criterion, importance=ImportanceConfig(seed=seed), train=train
-        )
+        if criterion == "likelihood":
+            depth = load_decoder(teacher).num_layers
+            config = PruneConfig(drop=least_surprised(teacher, data, depth - num_layers, seed), train=train)
+        else:
+            config = PruneConfig(
+                num_layers=num_layers, criterion=criterion, importance=ImportanceConfig(seed=seed), train=train
+            )
         models[criterion], _ = prune(teacher, data, at / f"teacher {num_layers} by {criterion}", config)
         kept[criterion] = read_pruning(models[criterion])[0]["kept_layers"]
     users = {}
@@ -64,11 +103,12 @@ def main() -> None:
             "ndcg@10": float(means[criterion].mean()), "of_whole": [ratio.estimate, ratio.low, ratio.high],
             "by_seed": seeds[criterion], "kept_layers": [kept[criterion] for _, kept in by_seed],
         }  # fmt: skip
-    between = ratio_of_means(means["damage"], means["angular"])
+    between = {row: ratio_of_means(means[row], means["angular"]) for row in CRITERIA if row != "angular"}
     result = {
         "dataset": name, "num_users": len(means["whole"]), "num_layers": arguments.num_layers,
         "whole": {"ndcg@10": float(means["whole"].mean()), "by_seed": seeds["whole"]},
-        "rows": rows, "damage_over_angular": [between.estimate, between.low, between.high],
+        "rows": rows,
+        "over_angular": {row: [ratio.estimate, ratio.low, ratio.high] for row, ratio in between.items()},
     }  # fmt: skip
     record(f"pruning_{name.replace('-', '_')}", result)
     print(json.dumps(result, indent=2))

@@ -1,7 +1,6 @@
 """The ONNX graph as a recommender: numpy and ONNX Runtime, no PyTorch."""
 
 import json
-import os
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,9 +10,10 @@ import numpy as np
 from jaxtyping import Float32, Int64
 
 from slmrec.errors import ArtifactError, CheckError, ConfigError, DataError
-from slmrec.machine import has_vnni
+from slmrec.machine import has_vnni, usable_cores
 from slmrec.ragged import Ragged
 from slmrec.recommender import PAD, Histories, TopK, check_top_k
+from slmrec.roofline import Work
 
 GRAPH_FILE, SIGNATURE_FILE = "model.onnx", "signature.json"
 RERANK_FILE, APPEND_FILE, TUNE_FILE = "rerank.onnx", "append.onnx", "tune.json"
@@ -127,6 +127,17 @@ class OnnxRecommender:
         found, best = self.session.run(["top_items", "top_scores"], request)
         return found, best
 
+    def work(self, histories: Histories) -> Work:
+        """Arithmetic and bytes of `recommend` for these users, counted on a run of its own."""
+        from export.work import count_work
+
+        total, windows = Work(), histories.item_ids.newest(int(self.signature["max_history"]))
+        for rows, width in self._batches(windows.lengths):
+            excluded = _exclusions(histories.select(rows), keep_history=bool(self.signature["keep_history"]))
+            request = {"item_ids": windows.select(rows).pad_left(width), "exclude_ids": excluded}
+            total += count_work(self.folder / GRAPH_FILE, request, session_options(self._threads))
+        return total
+
     def _batches(self, lengths: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
         widths = self.buckets[np.searchsorted(self.buckets, lengths)]
         for width in np.unique(widths):
@@ -148,17 +159,6 @@ def read_signature(folder: Path) -> dict[str, Any]:
         raise ArtifactError(
             f"{folder} holds no readable {SIGNATURE_FILE}: {error}", remedy="slmcompress export"
         ) from None
-
-
-def usable_cores() -> int:
-    """Cores this process may use: its affinity, cut by the cgroup's quota where there is one."""
-    cores = len(os.sched_getaffinity(0))
-    quota = Path("/sys/fs/cgroup/cpu.max")
-    if quota.is_file():
-        limit, period = quota.read_text(encoding="ascii").split()
-        if limit != "max":
-            cores = min(cores, max(1, int(limit) // int(period)))
-    return cores
 
 
 def loadable_providers() -> list[str]:

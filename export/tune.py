@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from export.linear import BLOCK, Linears, Rows, Shape, joined
-from export.runtime import session_options, usable_cores
+from export.runtime import session_options
 from export.weights import LinearWeights, ServingWeights
 from export.writer import GraphWriter
+from slmrec.machine import usable_cores
 
 KERNELS = ("integer", "blocks", "fp32")
 BATCH_SIZES = (1, 32)

@@ -14,15 +14,18 @@ from slmrec.config import BenchmarkConfig, settings_of
 from slmrec.dataset import Dataset
 from slmrec.errors import ConfigError
 from slmrec.evaluate import TEST_PROTOCOL, Accuracy, evaluate
-from slmrec.latency import Memory, Timing, measure_latency
-from slmrec.machine import describe_machine
+from slmrec.latency import Memory, Timing, measure_latency, requests
+from slmrec.machine import describe_machine, usable_cores
 from slmrec.metrics import Comparison, Interval, compare, holm, overlap, ratio_of_means
-from slmrec.recommender import Recommender
+from slmrec.recommender import Histories, Recommender
 from slmrec.report import Example, ExampleItem, Report
+from slmrec.roofline import DEVICES, Ceilings, CountsWork, measure_ceilings, measured_over_floor
 from slmrec.sequences import Cases, test_cases
 
 SCHEMA = 1
 TRAINING_FILE = "training.jsonl"
+FLOOR_REQUESTS = 5
+"""Requests whose arithmetic is counted; counting one runs it again under a profiler."""
 EXAMPLE_HISTORY = 8
 EXAMPLE_LENGTHS = (8, 60)
 """Histories that are neither too short to show a taste nor an oddity."""
@@ -47,6 +50,7 @@ class _Measured:
     timing: Timing
     accuracy: Accuracy | None
     memory: Memory | None
+    floor: dict[str, dict[str, Any]] | None
 
 
 def run_benchmark(
@@ -77,9 +81,16 @@ def run_benchmark(
     say(f"latency: {config.rounds} rounds of {len(entrants)} artefacts in turn")
     recommenders = {entrant.name: entrant.recommender for entrant in entrants}
     timings = measure_latency(recommenders, cases.histories, config)
-    measured = [_Measured(e, timings[e.name], accuracies[e.name], peaks[e.name]) for e in entrants]
+    ceilings = _ceilings(provenance["machine"], config, say)
+    floors = {
+        e.name: floors_of(e.recommender, timings[e.name], cases.histories, config, ceilings) if ceilings else None
+        for e in entrants
+    }
+    measured = [_Measured(e, timings[e.name], accuracies[e.name], peaks[e.name], floors[e.name]) for e in entrants]
+    rows = _rows(measured, baseline, config)
     return Report(
-        benchmark={**provenance, "baseline": baseline, "rows": _rows(measured, baseline, config)},
+        benchmark={**provenance, "baseline": baseline, "rows": rows}
+        | ({"ceilings": ceilings.to_json()} if ceilings else {}),
         curves={e.name: records for e in entrants if (records := read_curves(e.artifact))},
         example=_example(measured, data, cases, config.seed),
     )
@@ -107,6 +118,30 @@ def read_curves(artifact: Artifact) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _ceilings(machine: Mapping[str, Any], config: BenchmarkConfig, say: Say) -> Ceilings | None:
+    if config.device_spec:
+        return DEVICES[config.device_spec]
+    if not config.floor or machine["gpu"]:
+        return None
+    say("floor: the machine's best, and what each artefact asks of it")
+    return measure_ceilings(usable_cores())
+
+
+def floors_of(
+    recommender: Recommender, timing: Timing, histories: Histories, config: BenchmarkConfig, ceilings: Ceilings
+) -> dict[str, dict[str, Any]] | None:
+    """Floor of the first timed requests of each batch size, and how far above it they took; None if it is not known."""
+    if not isinstance(recommender, CountsWork):
+        return None
+    found = {}
+    for size, seconds in {1: timing.single_s, **timing.batch_s}.items():
+        counted = min(FLOOR_REQUESTS, len(seconds))
+        asked = requests(histories, size, len(seconds), seed=config.seed)[:counted]
+        works = [recommender.work(request) for request in asked]
+        found[f"batch_{size}"] = measured_over_floor(seconds[:counted].tolist(), works, ceilings)
+    return found
 
 
 def _provenance(data: Dataset, config: BenchmarkConfig) -> dict[str, Any]:
@@ -168,6 +203,7 @@ def _row(one: _Measured, reference: _Measured, config: BenchmarkConfig) -> dict[
         "size_bytes": artifact.size_bytes,
         "peak_memory_bytes": one.memory.peak_bytes if one.memory else None,
         "memory": one.memory.to_json() if one.memory else None,
+        "floor": one.floor,
         "ratios": _ratios(one, reference, config),
         "comparison": None,
     }

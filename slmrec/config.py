@@ -285,10 +285,16 @@ class BenchmarkConfig:
     """Evaluate on all test users as well."""
     gpu_hour_price: float | None = None
     """Price of an hour of the machine, in any currency; turns measured rates into the price of recommendations."""
+    floor: bool = True
+    """Count what each artefact computes, measure the machine's best, and say how far apart they are (CPUs alone)."""
+    device_spec: str | None = None
+    """Estimate the floor on another device from its data sheet (a100, h100) instead of measuring this machine's."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         require_least(self, rounds=2, batch_rounds=2, seed=0)
+        if self.device_spec is not None:
+            require_choice("device_spec", self.device_spec, ("a100", "h100"))
         price = self.gpu_hour_price
         require(price is None or price > 0, f"gpu_hour_price={price} is not above 0", "--gpu-hour-price 2.50")
         require(

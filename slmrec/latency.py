@@ -117,8 +117,8 @@ def measure_latency(
     k = min(config.top_k, *(recommender.max_top_k for recommender in recommenders.values()))
     if k < 1:
         raise ConfigError(f"top_k={config.top_k}", remedy="--top-k 10")
-    singles = _requests(histories, 1, config.rounds, seed=config.seed)
-    batches = {size: _requests(histories, size, config.batch_rounds, seed=config.seed) for size in config.batch_sizes}
+    singles = requests(histories, 1, config.rounds, seed=config.seed)
+    batches = {size: requests(histories, size, config.batch_rounds, seed=config.seed) for size in config.batch_sizes}
     longest = histories.select(np.argsort(-histories.item_ids.lengths, kind="stable")[:1])
     for recommender in recommenders.values():
         for request in [longest, *singles[:WARMUP_REQUESTS], *(requests[0] for requests in batches.values())]:
@@ -159,7 +159,8 @@ def measure_memory(artifact: Path, data: Path, *, device: str = "auto") -> Memor
     return Memory(**values)
 
 
-def _requests(histories: Histories, size: int, rounds: int, *, seed: int) -> list[Histories]:
+def requests(histories: Histories, size: int, rounds: int, *, seed: int) -> list[Histories]:
+    """Users drawn with the seed: what round after round is asked, of every recommender alike."""
     generator = np.random.default_rng([seed, size])
     rows = generator.integers(len(histories), size=(rounds, size))
     return [histories.select(row) for row in rows]

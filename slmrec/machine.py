@@ -25,7 +25,7 @@ def describe_machine() -> dict[str, Any]:
         "cpu_flags": [flag for flag in INT8_FLAGS if flag in flags],
         "physical_cores": psutil.cpu_count(logical=False),
         "logical_cores": psutil.cpu_count(),
-        "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else psutil.cpu_count(),
+        "usable_cores": usable_cores(),
         "threads": _threads(),
         "memory_bytes": psutil.virtual_memory().total,
         "gpu": _gpu(),
@@ -33,6 +33,17 @@ def describe_machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()} ({platform.machine()})",
         "versions": library_versions(),
     }
+
+
+def usable_cores() -> int:
+    """Cores this process may use: its affinity, cut by the cgroup's quota where there is one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.is_file():
+        limit, period = quota.read_text(encoding="ascii").split()
+        if limit != "max":
+            cores = min(cores, max(1, int(limit) // int(period)))
+    return cores
 
 
 def has_vnni() -> bool:

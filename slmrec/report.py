@@ -9,6 +9,7 @@ from typing import Any
 
 from slmrec.artifact import MANIFEST, read_manifest, write_json
 from slmrec.errors import ArtifactError
+from slmrec.roofline import roofline_text
 
 ACCURACY_COLUMNS = ("hr@1", "hr@5", "hr@10", "ndcg@5", "ndcg@10", "mrr", "num_users", "protocol", "mrr_cutoff")
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
@@ -99,6 +100,7 @@ def to_markdown(benchmark: Mapping[str, Any]) -> str:
         f"- Dataset: {_markdown(dataset_line(dataset))}",
         f"- Machine: {_markdown(machine_line(machine))}",
         f"- Versions: {_markdown(versions_line(machine))}",
+        *(f"- Floor: {_markdown(line)}" for line in floor_lines(benchmark)),
         *("- Repeat with: `" + " ".join(command.split()).replace("`", "'") + "`" for command in benchmark["commands"]),
     ]
     return "\n".join(lines) + "\n"
@@ -116,6 +118,7 @@ def markdown_table(benchmark: Mapping[str, Any]) -> list[str]:
         "p99 ms",
         "speed-up",
         f"users/s, batch {batch}",
+        "over its floor",
         "size",
         "memory",
     ]
@@ -133,12 +136,25 @@ def markdown_table(benchmark: Mapping[str, Any]) -> list[str]:
             number(latency.get("p99_ms")),
             speedup_text(row),
             number(row["throughput"].get(f"batch_{batch}")),
+            number(over_floor(row)),
             bytes_text(row["size_bytes"]),
             bytes_text(row["peak_memory_bytes"]),
             *([number(row["price_per_million"])] if priced else []),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def over_floor(row: Mapping[str, Any]) -> float | None:
+    """How many times its floor a single user's request took; None where it was not measured."""
+    found: float | None = ((row.get("floor") or {}).get("batch_1") or {}).get("measured_over_floor")
+    return found
+
+
+def floor_lines(benchmark: Mapping[str, Any]) -> list[str]:
+    """The machine's ceilings, and each artefact's arithmetic, bytes and floor."""
+    rows = {row["name"]: row["floor"] for row in benchmark["rows"] if row.get("floor")}
+    return roofline_text(rows, benchmark["ceilings"]).splitlines() if rows else []
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -240,7 +256,7 @@ def _flat_row(row: Mapping[str, Any]) -> dict[str, Any]:
     flat |= {name: accuracy.get(name) for name in ACCURACY_COLUMNS}
     for metric, (low, high) in accuracy.get("intervals", {}).items():
         flat |= {f"{metric}_low": low, f"{metric}_high": high}
-    for group in ("latency", "throughput", "ratios", "comparison", "overlap@10"):
+    for group in ("latency", "throughput", "floor", "ratios", "comparison", "overlap@10"):
         flat |= _flatten(group, row.get(group) or {})
     return flat
 

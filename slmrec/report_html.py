@@ -11,9 +11,11 @@ from slmrec.report import (
     Report,
     bytes_text,
     dataset_line,
+    floor_lines,
     largest_batch,
     machine_line,
     number,
+    over_floor,
     protocol_of,
     versions_line,
 )
@@ -148,7 +150,8 @@ def _swatch(kind: str) -> str:
 
 def _table(benchmark: Mapping[str, Any]) -> str:
     columns = (
-        "Artefact", "NDCG@10", "Kept", "HR@10", "p50 ms", "p99 ms", "Speed-up", "Users/s", "Size", "Memory",
+        "Artefact", "NDCG@10", "Kept", "HR@10", "p50 ms", "p99 ms", "Speed-up", "Users/s", "Over floor", "Size",
+        "Memory",
     )  # fmt: skip
     head = "".join(
         f'<th scope="col" aria-sort="none"><button type="button">{column}</button></th>' for column in columns
@@ -161,8 +164,10 @@ def _table(benchmark: Mapping[str, Any]) -> str:
         f'<p class="note">{escape(protocol_of(benchmark))}. Small figures are 95 % intervals, for speed-ups the 10th '
         f"to 90th percentile of paired rounds. Kept and speed-up are relative to {escape(benchmark['baseline'])}. "
         f"Latency of one user a request, {benchmark['settings']['rounds']} interleaved rounds; users/s in "
-        f"batches of {batch}. Memory is the peak of a process of its own. A column's name sorts by it."
-        "</p></section>"
+        f"batches of {batch}. Memory is the peak of a process of its own. Over floor: how many times the time that its "
+        "arithmetic and bytes take at this machine's best. A column's name sorts by it."
+        + "".join(f"<br>{escape(line)}." for line in floor_lines(benchmark))
+        + "</p></section>"
     )
 
 
@@ -183,6 +188,7 @@ def _row(row: Mapping[str, Any], batch: int) -> str:
             speedup["median"], f"{number(speedup['median'])}×", f"{number(speedup['p10'])} – {number(speedup['p90'])}"
         ),
         _cell(throughput, number(throughput)),
+        _cell(over_floor(row), number(over_floor(row))),
         _cell(row["size_bytes"], bytes_text(row["size_bytes"])),
         _cell(memory, bytes_text(memory)),
     ]

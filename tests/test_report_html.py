@@ -55,7 +55,7 @@ def test_the_page_is_styled_for_dark_mode_and_phones(report: Report) -> None:
 
 def test_headers_sort_by_keyboard_too(report: Report) -> None:
     page = check_page(to_html(report))
-    assert page.tags.count("button") == 10
+    assert page.tags.count("button") == 11
     assert ("aria-sort", "none") in page.attributes
 
 

@@ -89,6 +89,8 @@ def evaluate(
 @click.option("--top-k", type=int, default=10, show_default=True, help="Items asked for while timing.")
 @click.option("--gpu-hour-price", type=float, help="Price of the machine's hour: adds the price of a million lists.")
 @click.option("--accuracy/--no-accuracy", default=True, show_default=True, help="Evaluate on all test users.")
+@click.option("--floor/--no-floor", default=True, show_default=True, help="Count arithmetic and bytes; CPUs alone.")
+@click.option("--device-spec", help="Estimate the floor on a100 or h100 from its data sheet, not on this machine.")
 @click.option("--memory/--no-memory", default=True, show_default=True, help="Peak memory, in a process each.")
 @common_options
 def benchmark(
@@ -110,7 +112,7 @@ def benchmark(
     from slmrec.artifact import Stage, publish
     from slmrec.cli.loading import choose, resolve_output
     from slmrec.config import BenchmarkConfig, settings_of
-    from slmrec.report import markdown_table, require_report_folder, write_report
+    from slmrec.report import floor_lines, markdown_table, require_report_folder, write_report
 
     config = BenchmarkConfig(**settings)
     target = resolve_output(output, "report")
@@ -129,7 +131,8 @@ def benchmark(
         report = replace(report, benchmark={**report.benchmark, "commands": [_command()]})
         write_report(report, folder)
     say(f"wrote {target / 'report.html'} and benchmark.json, .csv and .md beside it")
-    print_result(dict(report.benchmark), "\n".join(markdown_table(report.benchmark)), as_json=as_json)
+    text = [*markdown_table(report.benchmark), "", *floor_lines(report.benchmark)]
+    print_result(dict(report.benchmark), "\n".join(text).rstrip(), as_json=as_json)
 
 
 def row_names(paths: Sequence[Path]) -> list[str]:

@@ -7,12 +7,24 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from slmrec.errors import CheckError
 from slmrec.recommender import PAD, Histories, TopK, check_top_k
+from slmrec.roofline import Work
 
 MAX_TOP_K = 3840
 """TensorRT's limit; the same for every artefact."""
+
+
+def _attention_operations(query: tuple[int, ...], key: tuple[int, ...], *_: Any, **__: Any) -> int:
+    """Two products for every query head, query and key; masked ones are computed too."""
+    batch, heads, queries, width = query
+    return 2 * 2 * batch * heads * queries * key[2] * width
+
+
+CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_operations}
+"""PyTorch's own counter knows attention on GPUs alone."""
 
 
 class ScoringModel(Protocol):
@@ -76,6 +88,17 @@ class TorchRecommender:
                 items[rows, : found.shape[1]], scores[rows, : found.shape[1]] = found, found_scores
         self.model.train(was_training)
         return TopK(items, scores)
+
+    def work(self, histories: Histories) -> Work:
+        """Arithmetic of `recommend` for these users as PyTorch runs it, and every weight once.
+
+        Products of 8-bit layers are those in floating point by which PyTorch computes them.
+        """
+        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+            self.recommend(histories, 1)
+        weights = [*self.model.parameters(), *self.model.buffers()]
+        num_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
+        return Work(fp32_operations=float(counter.get_total_flops()), num_bytes=float(num_bytes))
 
     def _rank(self, padded: np.ndarray, histories: Histories, k: int) -> tuple[np.ndarray, np.ndarray]:
         scores = self.model.score(torch.from_numpy(padded).to(self.device)).float()
