@@ -23,7 +23,7 @@ from recording import RESULTS, record
 
 from export.item_head import Head, certified_items, exact_items
 from export.items import ROW_STEP, ItemWeights
-from export.runtime import session_options
+from export.sessions import session_options
 from export.writer import GraphWriter, save_graphs
 from slmrec.machine import usable_cores
 

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int64
 
-from slmrec.errors import ArtifactError, CheckError, ConfigError, DataError
-from slmrec.machine import has_vnni, usable_cores
+from export.sessions import open_session, session_options
+from slmrec.errors import ArtifactError, CheckError, DataError
+from slmrec.machine import usable_cores
 from slmrec.ragged import Ragged
 from slmrec.recommender import PAD, Histories, TopK, check_top_k
 from slmrec.roofline import Work
@@ -29,14 +30,27 @@ EXCLUDE_STEP = 32
 class OnnxRecommender:
     """A graph or bundle folder; loaded once, answers any number of users.
 
+    Args:
+        folder: of a graph or bundle.
+        provider: of ONNX Runtime; the one that must run.
+        threads: of one request; default the cores that this process may use.
+        cache: folder where optimised graphs are kept for the next start, such as `graph_cache.default_cache()`.
+
     Raises:
         ArtifactError: the folder holds no graph that ONNX Runtime can load.
         ConfigError: the provider asked for is not the one that runs.
     """
 
-    def __init__(self, folder: Path, *, provider: str = "CPUExecutionProvider", threads: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        provider: str = "CPUExecutionProvider",
+        threads: int | None = None,
+        cache: Path | None = None,
+    ) -> None:
         self.folder, self.signature = folder, read_signature(folder)
-        self._provider, self._threads = provider, threads or usable_cores()
+        self._provider, self._threads, self._cache = provider, threads or usable_cores(), cache
         self.session = self.load(GRAPH_FILE)
         self._rerank: Any = None
         self._loading = threading.Lock()
@@ -114,7 +128,7 @@ class OnnxRecommender:
 
     def load(self, graph: str) -> Any:
         """An ONNX Runtime session of another graph of the folder."""
-        return _session(self.folder / graph, self._provider, self._threads)
+        return open_session(self.folder / graph, self._provider, self._threads, self._cache)
 
     def run(self, item_ids: np.ndarray, exclude_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The raw graph on padded ids, int64 [batch, n] both: items, int64, and scores, float32, [batch, top_k].
@@ -159,61 +173,6 @@ def read_signature(folder: Path) -> dict[str, Any]:
         raise ArtifactError(
             f"{folder} holds no readable {SIGNATURE_FILE}: {error}", remedy="slmcompress export"
         ) from None
-
-
-def loadable_providers() -> list[str]:
-    """Providers whose libraries load here, which is fewer than ONNX Runtime was compiled with."""
-    import onnxruntime as ort
-    from onnx import TensorProto, helper
-
-    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "y")]
-    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "probe", value[:1], value[1:])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8).SerializeToString()
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    return [
-        provider
-        for provider in ort.get_available_providers()
-        if provider in ort.InferenceSession(model, options, providers=[provider]).get_providers()
-    ]
-
-
-def session_options(threads: int) -> Any:
-    """Settings of every ONNX Runtime session here."""
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    if not has_vnni():  # older instructions add pairs of 8-bit products in 16 bits, which can overflow
-        options.add_session_config_entry("session.x64quantprecision", "1")
-    return options
-
-
-def _session(graph: Path, provider: str, threads: int) -> Any:
-    try:
-        import onnxruntime as ort
-        from onnxruntime.capi import onnxruntime_pybind11_state as state
-    except ImportError:
-        raise ConfigError("ONNX Runtime is not installed", remedy="pip install 'slmcompress[cpu]' (or [gpu])") from None
-    if provider not in ort.get_available_providers():
-        raise ConfigError(
-            f"{provider} was asked for; this ONNX Runtime has {', '.join(ort.get_available_providers())}",
-            remedy="--device cpu, or pip install 'slmcompress[gpu]' (see slmcompress doctor)",
-        )
-    broken = (state.Fail, state.InvalidGraph, state.InvalidProtobuf, state.NoSuchFile, state.InvalidArgument)
-    try:
-        session = ort.InferenceSession(str(graph), session_options(threads), providers=[provider])
-    except (*broken, state.NotImplemented, state.RuntimeException) as error:
-        reason = str(error).splitlines()[0]
-        raise ArtifactError(
-            f"ONNX Runtime cannot load {graph}: {reason}", remedy="slmcompress export --force"
-        ) from None
-    if session.get_providers()[0] != provider:
-        raise ConfigError(
-            f"{provider} was asked for, but {session.get_providers()[0]} would run", remedy="slmcompress doctor"
-        )
-    return session
 
 
 def _check_ids(**arrays: np.ndarray) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from export.linear import BLOCK, Linears, Rows, Shape, joined
-from export.runtime import session_options
+from export.sessions import session_options
 from export.weights import LinearWeights, ServingWeights
 from export.writer import GraphWriter
 from slmrec.machine import usable_cores

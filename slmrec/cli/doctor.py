@@ -79,7 +79,7 @@ def _providers() -> Finding:
     """Providers that really load, which is not what the package says it was compiled with."""
     if importlib.util.find_spec("onnxruntime") is None:
         return Finding("onnxruntime providers", "none", ok=False, remedy=OPTIONAL["onnxruntime"][1])
-    from export.runtime import loadable_providers
+    from export.sessions import loadable_providers
 
     loaded = loadable_providers()
     return Finding("onnxruntime providers", ", ".join(loaded), ok="CPUExecutionProvider" in loaded)
