@@ -1,11 +1,11 @@
 """A contestant of `serving_speed.py` in the project's own environment: an exported graph, or Hugging Face in eager.
 
-    python benchmarks/contestant.py graph FOLDER
+    python benchmarks/contestant.py graph FOLDER [--unpacked]
     python benchmarks/contestant.py append FOLDER
     python benchmarks/contestant.py eager FOLDER [--compile]
 
 Eager reads a folder of `plain_folder` in `serving_speed.py`: a decoder whose vocabulary is instruction, response and
-items, and `head.npz`.
+items, and `head.npz`. Unpacked weights stay where they are mapped, so that processes share them.
 """
 
 import sys
@@ -15,11 +15,20 @@ import numpy as np
 from contest import answer
 
 
-def graph(folder: Path) -> None:
+def graph(folder: Path, *, unpacked: bool) -> None:
     """An exported graph, called as the runtime calls it."""
     from export.runtime import OnnxRecommender
 
     recommender = OnnxRecommender(folder)
+    if unpacked:
+        import onnxruntime as ort
+
+        from export.sessions import session_options
+        from slmrec.machine import usable_cores
+
+        options = session_options(usable_cores())
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        recommender.session = ort.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
     nobody = np.zeros((1, 0), dtype=np.int64)
 
     def call(item_ids: np.ndarray) -> np.ndarray:
@@ -71,7 +80,7 @@ def eager(folder: Path, *, compiled: bool) -> None:
 if __name__ == "__main__":
     kind, path = sys.argv[1], Path(sys.argv[2])
     if kind == "graph":
-        graph(path)
+        graph(path, unpacked="--unpacked" in sys.argv)
     elif kind == "append":
         append(path)
     else:

@@ -81,9 +81,10 @@ def _histories(chunk: Sequence[Request], items: Catalogue, source: Path) -> Hist
             excluded.append(items.to_internal(request.exclude))
         except DataError as error:
             raise DataError(f"{source.name}:{request.line}: {error.problem}", remedy=error.remedy) from None
-        if not len(histories[-1]):
+        if not len(histories[-1]) and items.num_interactions is None:
             raise DataError(
-                f"{source.name}:{request.line}: the history is empty", remedy="leave out users without a history"
+                f"{source.name}:{request.line}: the history is empty, and this artefact does not know what is popular",
+                remedy="leave out users without a history, or make the artefact again from newly prepared data",
             )
     return Histories(Ragged.from_rows(histories), Ragged.from_rows(excluded))
 

@@ -3,17 +3,19 @@
 import json
 import threading
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 from jaxtyping import Float32, Int64
 
 from export.sessions import open_session, session_options
 from slmrec.errors import ArtifactError, CheckError, DataError
 from slmrec.machine import usable_cores
 from slmrec.ragged import Ragged
-from slmrec.recommender import PAD, Histories, TopK, check_top_k
+from slmrec.recommender import PAD, Histories, TopK, check_top_k, most_popular
 from slmrec.roofline import Work
 
 GRAPH_FILE, SIGNATURE_FILE = "model.onnx", "signature.json"
@@ -21,6 +23,7 @@ RERANK_FILE, APPEND_FILE, TUNE_FILE = "rerank.onnx", "append.onnx", "tune.json"
 DECODER_DATA, ITEM_DATA = "model.onnx.data", "items.onnx.data"
 DATA_FILES = (DECODER_DATA, ITEM_DATA)
 """What the weights of the graphs lie in: those that belong to them for good, and those that follow the catalogue."""
+ITEMS_FILE = "items.parquet"
 MAX_TOP_K = 3840
 MAX_BATCH = 256
 EXCLUDE_STEP = 32
@@ -67,12 +70,28 @@ class OnnxRecommender:
         exported = int(self.signature["top_k"])
         return MAX_TOP_K if exported >= self.num_items else exported
 
+    @cached_property
+    def num_interactions(self) -> Int64[np.ndarray, " items"] | None:
+        """Popularity of each item, as `items.parquet` has it; None where it has none."""
+        path = self.folder / ITEMS_FILE
+        if not path.is_file() or "num_interactions" not in pq.read_schema(path).names:
+            return None
+        column = pq.read_table(path, columns=["num_interactions"])["num_interactions"]
+        return np.asarray(column.to_numpy(), dtype=np.int64)
+
     def recommend(self, histories: Histories, k: int) -> TopK:
-        """Rank the catalogue for each history; every user is padded to the bucket of his own length."""
-        histories.check(self.num_items)
+        """Rank the catalogue for each history; every user is padded to the bucket of his own length.
+
+        Users without a history get the most popular items, scored by their interactions.
+        """
+        new = np.flatnonzero(histories.item_ids.lengths == 0)
+        histories.check(self.num_items, newcomers=new.size > 0 and self.num_interactions is not None)
         check_top_k(k, self.max_top_k)
         items = np.full((len(histories), k), PAD, dtype=np.int64)
         scores = np.full((len(histories), k), -np.inf, dtype=np.float32)
+        if new.size and self.num_interactions is not None:
+            popular = most_popular(self.num_interactions, histories.select(new).exclude_ids, k)
+            items[new], scores[new] = popular.item_ids, popular.scores
         windows = histories.item_ids.newest(int(self.signature["max_history"]))
         for rows, width in self._batches(windows.lengths):
             excluded = _exclusions(histories.select(rows), keep_history=bool(self.signature["keep_history"]))
@@ -154,8 +173,8 @@ class OnnxRecommender:
 
     def _batches(self, lengths: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
         widths = self.buckets[np.searchsorted(self.buckets, lengths)]
-        for width in np.unique(widths):
-            rows = np.flatnonzero(widths == width)
+        for width in np.unique(widths[lengths > 0]):
+            rows = np.flatnonzero((widths == width) & (lengths > 0))
             for start in range(0, len(rows), MAX_BATCH):
                 yield rows[start : start + MAX_BATCH], int(width)
 

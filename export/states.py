@@ -99,12 +99,12 @@ class AppendingRecommender:
 
     def recommend(self, histories: Histories, k: int) -> TopK:
         """Rank the catalogue for each history, one user after the other."""
-        histories.check(self.num_items)
+        histories.check(self.num_items, newcomers=True)
         check_top_k(k, self.max_top_k)
         items = np.full((len(histories), k), PAD, dtype=np.int64)
         scores = np.full((len(histories), k), -np.inf, dtype=np.float32)
         for row, (history, excluded) in enumerate(zip(histories.item_ids, histories.exclude_ids, strict=True)):
-            if len(history) > int(self.full.signature["max_history"]):
+            if not len(history) or len(history) > int(self.full.signature["max_history"]):
                 answer = self.full.recommend(histories.select(np.array([row])), k)
                 items[row], scores[row] = answer.item_ids[0], answer.scores[0]
                 continue

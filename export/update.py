@@ -82,7 +82,7 @@ def update_items(
                 shutil.copyfile(entry, folder / entry.name)
         write_json(folder / SIGNATURE_FILE, signature | {"num_items": changed.count})
         write_items(folder, changed)
-        _extended(catalogue, joining).save(folder)
+        _extended(catalogue, joining, changed).save(folder)
         _check_and_save_golden(bundle.path, folder, changed, len(joining))
         write_triton(folder)
         (folder / "README.md").write_text(model_card(bundle, read_signature(folder), None), encoding="utf-8")
@@ -236,9 +236,15 @@ def _finite(values: Any, width: int, where: str) -> np.ndarray:
     return array
 
 
-def _extended(catalogue: Catalogue, joining: list[NewItem]) -> Catalogue:
+def _extended(catalogue: Catalogue, joining: list[NewItem], tables: ItemWeights) -> Catalogue:
+    """The catalogue with the items that join; nobody has taken them yet, and nobody is given those that left."""
+    counts = catalogue.num_interactions
+    if counts is not None:
+        left = tables.offsets[1 : tables.count + 1] == -np.inf
+        counts = np.where(left, -1, [*counts, *(0 for _ in joining)]).tolist()
     return Catalogue(
         [*catalogue.item_ids, *(item.item_id for item in joining)],
         [*catalogue.titles, *(item.title for item in joining)],
         [*catalogue.categories, *(None for _ in joining)],
+        counts,
     )

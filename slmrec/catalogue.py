@@ -1,4 +1,4 @@
-"""The items of a dataset: internal id 1..num_items, external id, title and categories where known."""
+"""The items of a dataset: internal id 1..num_items, external id, title, categories and popularity where known."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,6 +22,8 @@ class Catalogue:
     """External ids."""
     titles: Sequence[str | None]
     categories: Sequence[str | None]
+    num_interactions: Sequence[int] | None = None
+    """Of the training split; negative for items that must not be recommended. None in what older versions wrote."""
 
     def __len__(self) -> int:
         return len(self.item_ids)
@@ -72,19 +74,20 @@ class Catalogue:
         )
 
     def save(self, folder: Path) -> None:
-        """Write `items.parquet`: item (internal), item_id (external), title, categories."""
+        """Write `items.parquet`: item (internal), item_id (external), title, categories, num_interactions if known."""
         write_parquet(folder / ITEMS_FILE, self.to_frame())
 
     def to_frame(self) -> pl.DataFrame:
         """One row per item."""
-        return pl.DataFrame(
-            {
-                "item": pl.Series(np.arange(1, len(self) + 1, dtype=np.int64)),
-                "item_id": pl.Series(self.item_ids, dtype=pl.String),
-                "title": pl.Series(self.titles, dtype=pl.String),
-                "categories": pl.Series(self.categories, dtype=pl.String),
-            }
-        )
+        columns = {
+            "item": pl.Series(np.arange(1, len(self) + 1, dtype=np.int64)),
+            "item_id": pl.Series(self.item_ids, dtype=pl.String),
+            "title": pl.Series(self.titles, dtype=pl.String),
+            "categories": pl.Series(self.categories, dtype=pl.String),
+        }
+        if self.num_interactions is not None:
+            columns["num_interactions"] = pl.Series(self.num_interactions, dtype=pl.Int64)
+        return pl.DataFrame(columns)
 
 
 def load_catalogue(folder: Path) -> Catalogue:
@@ -92,7 +95,8 @@ def load_catalogue(folder: Path) -> Catalogue:
     frame = pl.read_parquet(folder / ITEMS_FILE)
     if frame["item"].to_list() != list(range(1, len(frame) + 1)):
         raise ArtifactError(f"{folder / ITEMS_FILE} does not list the items 1..{len(frame)}", remedy="make it again")
-    return Catalogue(frame["item_id"].to_list(), frame["title"].to_list(), frame["categories"].to_list())
+    known = frame["num_interactions"].to_list() if "num_interactions" in frame.columns else None
+    return Catalogue(frame["item_id"].to_list(), frame["title"].to_list(), frame["categories"].to_list(), known)
 
 
 def require_same_catalogue(model: Catalogue, data: Catalogue, *, model_name: str, data_name: str) -> None:

@@ -219,6 +219,14 @@ def statistics(log: Interactions) -> dict[str, Any]:
     }
 
 
+def training_counts(log: Interactions) -> np.ndarray:
+    """Interactions of each item in the training split of a sorted log: all but the last two of users who have three."""
+    lengths = np.bincount(log.users, minlength=len(log.user_ids))
+    from_the_end = np.cumsum(lengths)[log.users] - np.arange(len(log))  # 1 = the last
+    is_training = (from_the_end > 2) | (lengths < MIN_EVALUABLE)[log.users]
+    return np.bincount(log.items[is_training], minlength=len(log.item_ids))
+
+
 def _write(
     folder: Path, log: Interactions, titles: dict[str, tuple[str | None, str | None]], counts: dict[str, Any]
 ) -> None:
@@ -238,6 +246,8 @@ def _write(
     )
     write_parquet(folder / INTERACTIONS_FILE, frame)
     known = [titles.get(item_id, (None, None)) for item_id in log.item_ids]
-    Catalogue(log.item_ids, [title for title, _ in known], [category for _, category in known]).save(folder)
+    Catalogue(
+        log.item_ids, [title for title, _ in known], [category for _, category in known], training_counts(log).tolist()
+    ).save(folder)
     num_titles = sum(title is not None for title, _ in known)
     write_json(folder / DATASET_FILE, found | counts | {"num_titles": num_titles})

@@ -45,8 +45,8 @@ class Histories:
         """The named users, in the order named."""
         return Histories(self.item_ids.select(rows), self.exclude_ids.select(rows))
 
-    def check(self, num_items: int) -> None:
-        """Refuse ids outside 1..num_items and users without any item."""
+    def check(self, num_items: int, *, newcomers: bool = False) -> None:
+        """Refuse ids outside 1..num_items and, unless newcomers are answered, users without any item."""
         for name, ids in (("item_ids", self.item_ids.values), ("exclude_ids", self.exclude_ids.values)):
             outside = ids[(ids < 1) | (ids > num_items)]
             if outside.size:
@@ -55,10 +55,10 @@ class Histories:
                     remedy="map external ids with the artefact's items.parquet first",
                 )
         empty = np.flatnonzero(self.item_ids.lengths == 0)
-        if empty.size:
+        if empty.size and not newcomers:
             raise DataError(
                 f"{empty.size} of {len(self)} histories are empty, the first at row {empty[0]}",
-                remedy="recommend popular items to users without a history, and leave them out here",
+                remedy="leave users without a history out here; recommend answers them with popular items",
             )
 
 
@@ -71,6 +71,29 @@ class TopK:
 
     def __len__(self) -> int:
         return len(self.item_ids)
+
+
+def most_popular(num_interactions: np.ndarray, excluded: Ragged, k: int) -> TopK:
+    """What users without a history are given: the items with most interactions, ties by smaller id.
+
+    Args:
+        num_interactions: of the items 1..num_items, which are the scores; negative ones are never recommended.
+        excluded: ids that a user must not be given, one row per user.
+        k: length of the lists.
+
+    >>> found = most_popular(np.array([3, 9, -1, 3]), Ragged.from_rows([[], [2]]), 3)
+    >>> found.item_ids.tolist(), found.scores[0].tolist()
+    ([[2, 1, 4], [1, 4, 0]], [9.0, 3.0, 3.0])
+    """
+    order = np.argsort(-num_interactions, kind="stable") + 1
+    order = order[num_interactions[order - 1] >= 0]
+    items = np.full((len(excluded), k), PAD, dtype=np.int64)
+    scores = np.full((len(excluded), k), -np.inf, dtype=np.float32)
+    for row, ids in enumerate(excluded):
+        candidates = order[: k + len(ids)]
+        kept = candidates[~np.isin(candidates, ids)][:k]
+        items[row, : len(kept)], scores[row, : len(kept)] = kept, num_interactions[kept - 1]
+    return TopK(items, scores)
 
 
 @runtime_checkable
@@ -88,7 +111,10 @@ class Recommender(Protocol):
         ...
 
     def recommend(self, histories: Histories, k: int) -> TopK:
-        """Rank the catalogue for each history: best first, ties by smaller id, never an item already seen."""
+        """Rank the catalogue for each history: best first, ties by smaller id, never an item already seen.
+
+        Users without a history get the most popular items where the artefact knows them, and are refused where not.
+        """
         ...
 
 

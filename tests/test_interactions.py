@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from slmrec.catalogue import load_catalogue
 from slmrec.config import DataConfig
 from slmrec.dataset import load_dataset
 from slmrec.errors import ArtifactError, DataError
@@ -71,6 +72,16 @@ def test_a_log_becomes_sequences_in_the_order_of_time(tmp_path):
     counts = {name: data.info[name] for name in ("num_rows_read", "num_duplicates", "num_users", "num_items",
               "num_interactions", "num_evaluable_users", "num_train_only_users", "num_tied_targets")}  # fmt: skip
     assert list(counts.values()) == [8, 1, 3, 4, 7, 2, 1, 1]
+
+
+def test_popularity_counts_training_interactions_alone(tmp_path):
+    rows = [("u", "a", 1), ("u", "b", 2), ("u", "a", 3), ("u", "c", 4), ("v", "c", 1), ("v", "c", 2)]
+    path = tmp_path / "log.csv"
+    path.write_text("user,item,timestamp\n" + "".join(f"{user},{item},{time}\n" for user, item, time in rows))
+    prepare_dataset([path], tmp_path / "data", DataConfig(min_events=1))
+    found = load_catalogue(tmp_path / "data")
+    counts = dict(zip(found.item_ids, found.num_interactions, strict=True))
+    assert counts == {"a": 1, "b": 1, "c": 2}  # u's last two are held out, v has too few to be
 
 
 def test_titles_are_kept_where_they_are_known(tmp_path):

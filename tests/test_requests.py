@@ -1,6 +1,7 @@
 """Files of requests: every format alike, in their order, and one message for what is wrong with a line."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -74,6 +75,26 @@ def test_csv_takes_ids_with_spaces_as_a_json_list(tmp_path):
     assert recommend_file(Successor(), ITEMS, tmp_path / "in.csv", tmp_path / "out.jsonl", 1) == 2
     answers = [json.loads(line)["items"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert answers == [["b"], ["d e"]]
+
+
+class Counting:
+    """Notes whose histories are empty."""
+
+    num_items, max_top_k = 4, 4
+
+    def __init__(self):
+        self.lengths = []
+
+    def recommend(self, histories, k):
+        self.lengths += histories.item_ids.lengths.tolist()
+        return TopK(np.full((len(histories), k), 2), np.zeros((len(histories), k), np.float32))
+
+
+def test_a_user_without_history_is_asked_for_where_popularity_is_known(tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"history": []}\n{"history": ["a"]}\n')
+    known, recommender = replace(ITEMS, num_interactions=[3, 1, 2, 0]), Counting()
+    assert recommend_file(recommender, known, tmp_path / "in.jsonl", tmp_path / "out.jsonl", 1) == 2
+    assert recommender.lengths == [0, 1]
 
 
 @pytest.mark.parametrize(

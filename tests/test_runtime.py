@@ -1,6 +1,7 @@
 """The runtime under threads and with input that nobody should send."""
 
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 
 import numpy as np
 import onnx
@@ -9,8 +10,10 @@ import pytest
 from export.onnx_export import export_model
 from export.runtime import OnnxRecommender
 from export.states import AppendingRecommender, StateStore
+from slmrec.catalogue import Catalogue
 from slmrec.config import ExportConfig
 from slmrec.errors import ArtifactError, DataError
+from slmrec.models.ranking import TorchRecommender
 from slmrec.ragged import Ragged
 from slmrec.recommender import Histories
 
@@ -41,11 +44,61 @@ def test_eight_threads_get_what_one_gets(folder, kind):
             np.testing.assert_allclose(answer.scores[0], scores, rtol=0, atol=2e-5 * np.abs(scores).max())
 
 
+def answers_of_a_process(folder, rows):
+    """Lists and the bits of their scores, by a recommender of this process's own."""
+    found = OnnxRecommender(folder, threads=1).recommend(Histories.of(Ragged.from_rows(rows)), 5)
+    return found.item_ids.tolist(), found.scores.tobytes()
+
+
+def test_four_processes_on_one_folder_agree_to_the_bit(folder):
+    generator = np.random.default_rng(1)
+    rows = [generator.integers(1, 21, length).tolist() for length in generator.integers(1, 13, 40)]
+    expected = answers_of_a_process(folder, rows)
+    with ProcessPoolExecutor(4, mp_context=get_context("spawn")) as pool:
+        found = [pool.submit(answers_of_a_process, folder, rows) for _ in range(4)]
+        assert [one.result() for one in found] == [expected] * 4
+
+
 def test_nobody_asked_gets_nothing(folder):
     for recommender in (OnnxRecommender(folder), AppendingRecommender(folder, StateStore(max_bytes=1000))):
         answer = recommender.recommend(Histories.of(Ragged.from_rows([])), 5)
         assert answer.item_ids.shape == answer.scores.shape == (0, 5)
     assert OnnxRecommender(folder).rerank(Histories.of(Ragged.from_rows([])), Ragged.from_rows([])) == []
+
+
+def test_a_user_without_history_gets_what_is_popular_alone_and_in_company(tiny_model, tmp_path):
+    model = tiny_model(prompt="none", positions="compact").eval()
+    counts = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 2))
+    counts[4] = -1  # must not be recommended
+    export_model(model, tmp_path, ExportConfig())
+    Catalogue([str(item) for item in range(20)], [None] * 20, [None] * 20, counts.tolist()).save(tmp_path)
+    rows, excluded = [[], [3, 7], []], [[2], [], list(range(1, 19))]
+    histories = Histories(Ragged.from_rows(rows), Ragged.from_rows(excluded))
+    byhand = [
+        sorted((item for item in range(1, 21) if item not in gone and item != 5), key=lambda i: (-counts[i - 1], i))[:4]
+        for gone in excluded
+    ]
+    for recommender in (
+        OnnxRecommender(tmp_path), AppendingRecommender(tmp_path, StateStore(max_bytes=10**6)),
+        TorchRecommender(model, "cpu", num_interactions=counts),
+    ):  # fmt: skip
+        answer = recommender.recommend(histories, 4)
+        assert answer.item_ids[0].tolist() == byhand[0]
+        assert answer.item_ids[2].tolist() == [*byhand[2], 0, 0]
+        assert answer.scores[0].tolist() == [counts[item - 1] for item in byhand[0]]
+        assert (answer.scores[2, 2:] == -np.inf).all()
+        alone = recommender.recommend(histories.select(np.array([1])), 4)
+        np.testing.assert_array_equal(answer.item_ids[1], alone.item_ids[0])
+
+
+def test_where_popularity_is_not_known_users_without_history_are_refused(folder, tiny_model):
+    nobody = Histories.of(Ragged.from_rows([[1], []]))
+    for recommender in (
+        OnnxRecommender(folder), AppendingRecommender(folder, StateStore(max_bytes=1000)),
+        TorchRecommender(tiny_model(prompt="none"), "cpu"),
+    ):  # fmt: skip
+        with pytest.raises(DataError, match=r"1 of [12] histories are empty, the first at row"):
+            recommender.recommend(nobody, 3)
 
 
 @pytest.mark.parametrize("items", [[[1.0, 2.0]], [1, 2], [[[1, 2]]], np.array([[1, 2]], dtype=np.int32)])

@@ -89,6 +89,12 @@ def test_joined_items_are_recommended_by_their_rows_and_retired_ones_never(made,
         assert {len(ids) + 1, len(ids) + 2} <= set(found.tolist())
         np.testing.assert_allclose(answer.scores[row, : len(found)], -np.sort(-scores[row])[: len(found)], rtol=1e-4)
         np.testing.assert_allclose(answer.scores[row, : len(found)], scores[row, found - 1], rtol=1e-4, atol=1e-5)
+    newcomer = graph.recommend(Histories.of(Ragged.from_rows([[]])), 40).item_ids[0]
+    counts = catalogue.num_interactions
+    assert sorted(newcomer[newcomer > 0]) == sorted({*range(1, len(ids) + 3)} - {5, 8})
+    assert newcomer[0] == max(
+        (item for item in range(1, len(ids) + 1) if item not in (5, 8)), key=lambda i: counts[i - 1]
+    )
     changed = read_items(tmp_path / "new").table
     np.testing.assert_allclose(changed[len(ids) + 1], tables[0][1:4].mean(axis=0), rtol=1e-5, atol=1e-6)
     weight, bias = model.item_proj.weight.detach().numpy(), model.item_proj.bias.detach().numpy()

@@ -7,12 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from slmrec.artifact import Artifact, Stage, open_artifact, publish, work_folder, write_json
-from slmrec.catalogue import Catalogue
+from slmrec.catalogue import Catalogue, load_catalogue
 from slmrec.config import RecipeConfig, SasrecConfig, TrainConfig, WindowConfig
 from slmrec.errors import ArtifactError
 from slmrec.models.decoder import DecoderModel, DecoderSpec
@@ -91,7 +92,9 @@ def require_decoder(model: Sasrec | DecoderModel, artifact: Artifact) -> Decoder
 
 def load_checkpoint(artifact: Artifact, device: str = "auto") -> TorchRecommender:
     """The model of a checkpoint artefact as a recommender."""
-    return TorchRecommender(load_model(artifact), device)
+    known = load_catalogue(artifact.path).num_interactions
+    counts = None if known is None else np.array(known, dtype=np.int64)
+    return TorchRecommender(load_model(artifact), device, num_interactions=counts)
 
 
 def quantized_layers(model: nn.Module) -> list[str]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from slmrec.errors import CheckError
-from slmrec.recommender import PAD, Histories, TopK, check_top_k
+from slmrec.recommender import PAD, Histories, TopK, check_top_k, most_popular
 from slmrec.roofline import Work
 
 MAX_TOP_K = 3840
@@ -54,10 +54,16 @@ def top_k(scores: Float32[Tensor, "batch items"], k: int) -> tuple[Tensor, Tenso
 class TorchRecommender:
     """A PyTorch model as a recommender; users are batched with others of exactly their own history length."""
 
-    def __init__(self, model: nn.Module, device: str = "auto", batch_size: int = 256) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        device: str = "auto",
+        batch_size: int = 256,
+        num_interactions: Int64[np.ndarray, " items"] | None = None,
+    ) -> None:
         self.device = resolve_device(device)
         self.model: Any = model.to(self.device)
-        self.batch_size = batch_size
+        self.batch_size, self.num_interactions = batch_size, num_interactions
 
     @property
     def num_items(self) -> int:
@@ -72,14 +78,18 @@ class TorchRecommender:
     @torch.inference_mode()
     def recommend(self, histories: Histories, k: int) -> TopK:
         """Rank the catalogue for each history."""
-        histories.check(self.num_items)
+        histories.check(self.num_items, newcomers=self.num_interactions is not None)
         check_top_k(k, self.max_top_k)
         was_training = self.model.training
         self.model.eval()
         windows = histories.item_ids.newest(int(self.model.max_history))
         items = np.full((len(histories), k), PAD, dtype=np.int64)
         scores = np.full((len(histories), k), -np.inf, dtype=np.float32)
-        for length in np.unique(windows.lengths):
+        new = np.flatnonzero(windows.lengths == 0)
+        if new.size and self.num_interactions is not None:
+            popular = most_popular(self.num_interactions, histories.select(new).exclude_ids, k)
+            items[new], scores[new] = popular.item_ids, popular.scores
+        for length in np.unique(windows.lengths[windows.lengths > 0]):
             group = np.flatnonzero(windows.lengths == length)
             for start in range(0, len(group), self.batch_size):
                 rows = group[start : start + self.batch_size]
