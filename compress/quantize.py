@@ -1,11 +1,8 @@
 """quantize: int8 weights per output channel, int8 activations per token, behind an accuracy gate."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from compress.calibrate import some_cases
 from compress.int8 import decoder_linears, load_full_precision, prepare, quantize_model, require_matches
@@ -15,9 +12,8 @@ from slmrec.compress_config import QuantizeConfig
 from slmrec.config import settings_of
 from slmrec.dataset import Dataset, stage_on
 from slmrec.errors import CheckError
-from slmrec.evaluate import Accuracy
+from slmrec.gate import Gate, gate_of
 from slmrec.locks import one_run_at_a_time
-from slmrec.metrics import ratio_of_means
 from slmrec.models.checkpoint import save_checkpoint
 from slmrec.models.decoder import DecoderModel
 from slmrec.models.layers import Int8Linear
@@ -27,44 +23,6 @@ from slmrec.sequences import Cases, validation_cases
 GATE_FILE, CALIBRATION_FILE = "gate.json", "calibration.json"
 GATE_USERS_FOR_LAYERS = 500
 """Validation users that each layer's sensitivity is measured on where the gate does not hold."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gate:
-    """NDCG@10 on validation users after over before; the point estimate decides."""
-
-    ratio: float
-    low: float
-    high: float
-    """Paired 95 % bootstrap interval of the ratio."""
-    required: float
-    num_users: int
-    ndcg_before: float
-    ndcg_after: float
-
-    @property
-    def passed(self) -> bool:
-        """Whether the point estimate reaches the gate."""
-        return self.ratio >= self.required
-
-    @property
-    def underpowered(self) -> bool:
-        """Whether the interval is wider than the gate's slack, so that these users cannot resolve it."""
-        return self.high - self.low > 1 - self.required
-
-    def to_json(self) -> dict[str, Any]:
-        """What `gate.json` holds."""
-        state = "underpowered" if self.underpowered else "passed" if self.passed else "failed"
-        ends = {name: end if np.isfinite(end) else None for name, end in (("low", self.low), ("high", self.high))}
-        return vars(self) | ends | {"gate": state, "passed": self.passed, "split": "validation"}
-
-    def to_text(self) -> str:
-        """One line for people."""
-        text = (
-            f"validation NDCG@10 {self.ndcg_before:.4f} -> {self.ndcg_after:.4f}: {self.ratio:.4f} of the parent's "
-            f"(95 % interval {self.low:.4f} to {self.high:.4f}), gate {self.required}"
-        )
-        return text + (f"; not resolved by {self.num_users} users" if self.underpowered else "")
 
 
 @one_run_at_a_time
@@ -110,7 +68,7 @@ def _search(model: DecoderModel, cases: Cases, config: QuantizeConfig, device: s
     make = llm_int8 if config.backend == "bitsandbytes" else Int8Linear.from_linear
     before = accuracy_of(model, cases, device)
     quantized = quantize_model(model, config.keep_fp, make)
-    gate = _gate(before, accuracy_of(quantized, cases, device), config)
+    gate = gate_of(before, accuracy_of(quantized, cases, device), config.accuracy_gate)
     if gate.passed:
         return quantized, gate
     some = some_cases(cases, GATE_USERS_FOR_LAYERS, config.calibration.seed)
@@ -119,7 +77,7 @@ def _search(model: DecoderModel, cases: Cases, config: QuantizeConfig, device: s
     kept = 1
     while config.auto_keep and kept < len(worst_first):
         quantized = quantize_model(model, [*config.keep_fp, *worst_first[:kept]], make)
-        gate = _gate(before, accuracy_of(quantized, cases, device), config)
+        gate = gate_of(before, accuracy_of(quantized, cases, device), config.accuracy_gate)
         if gate.passed:
             return quantized, gate
         kept *= 2
@@ -129,16 +87,3 @@ def _search(model: DecoderModel, cases: Cases, config: QuantizeConfig, device: s
         remedy="a lower --accuracy-gate" if config.auto_keep
         else f"--auto-keep, --keep-fp {worst_first[0]}, or a lower --accuracy-gate",
     )  # fmt: skip
-
-
-def _gate(before: Accuracy, after: Accuracy, config: QuantizeConfig) -> Gate:
-    ratio = ratio_of_means(after.user_ndcg_10, before.user_ndcg_10)
-    return Gate(
-        ratio=ratio.estimate,
-        low=ratio.low,
-        high=ratio.high,
-        required=config.accuracy_gate,
-        num_users=after.num_users,
-        ndcg_before=before.metrics["ndcg@10"].estimate,
-        ndcg_after=after.metrics["ndcg@10"].estimate,
-    )

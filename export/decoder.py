@@ -7,6 +7,7 @@ import numpy as np
 from onnx import TensorProto
 
 from export.linear import Linears, Rows, Shape, joined
+from export.precision import TypedLinears
 from export.weights import LayerWeights, LinearWeights, ServingWeights
 from export.writer import MICROSOFT, GraphWriter, Value, ints
 from slmrec.config import ExportConfig
@@ -62,6 +63,8 @@ class Serving:
     config: ExportConfig
     kernels: Mapping[Shape, str]
     """Measured choices of `--tune`; empty without it."""
+    precision: str | None = None
+    """Placed in the graph for TensorRT, which computes what the graph says; None: ONNX Runtime's own choice."""
 
 
 class DecoderGraph:
@@ -69,7 +72,11 @@ class DecoderGraph:
 
     def __init__(self, graph: GraphWriter, model: Serving) -> None:
         self.graph, self.weights, self.config = graph, model.weights, model.config
-        self.linears = Linears(graph, fused=model.config.fuse_kernels, kernels=model.kernels)
+        self.linears = (
+            Linears(graph, fused=model.config.fuse_kernels, kernels=model.kernels)
+            if model.precision is None
+            else TypedLinears(graph, model.precision)
+        )
 
     def known(self, ids: Value) -> Value:
         """Ids outside 1..num_items become 0, as padding is; ONNX would read -1 as the last row."""
@@ -180,14 +187,14 @@ class DecoderGraph:
 
     def _seen(self, number: int, name: str, tokens: Tokens, own: Value) -> Value:
         """Keys or values of the folded prefix, of the past and of the tokens themselves."""
-        parts = [own]
+        parts = [self.linears.kept(own)]
         if tokens.past is not None:
             past = tokens.past.keys if name == "keys" else tokens.past.values
             parts.insert(0, self.graph.op("Gather", past, np.array(number), axis=1))
         if self.config.fold_prefix and self.weights.layout.prefix_length:
             layer = self.weights.layers[number]
             prefix = layer.prefix_keys if name == "keys" else layer.prefix_values
-            parts.insert(0, self._rows(prefix, tokens.batch))
+            parts.insert(0, self._rows(self.linears.stored(prefix), tokens.batch))
         return parts[0] if len(parts) == 1 else self.graph.op("Concat", *parts, axis=2)
 
     def _heads(
@@ -259,13 +266,9 @@ class DecoderGraph:
         grouped_shape = graph.op("Concat", tokens.batch, ints(layer.kv_heads), asked, ints(layer.head_dim), axis=0)
         grouped = graph.op("Reshape", query, grouped_shape)
         bias = self._bias(layer.sliding_window, tokens, groups, newest_only=newest_only)
-        if self.config.fuse_kernels:
-            scores = graph.op("FusedMatMul", grouped, keys, domain=MICROSOFT, transB=1, alpha=layer.scaling)
-        else:
-            turned = graph.op("Transpose", keys, perm=[0, 1, 3, 2])
-            scores = graph.op("Mul", graph.op("MatMul", grouped, turned), np.array(layer.scaling, dtype=np.float32))
+        scores = self.linears.scores(grouped, keys, layer.scaling)
         weights = graph.op("Softmax", graph.op("Add", scores, bias), axis=-1)
-        mixed = graph.op("MatMul", weights, values)
+        mixed = self.linears.mixed(weights, values)
         shape = graph.op(
             "Concat", tokens.batch, ints(layer.num_heads), ONE if newest_only else tokens.length,
             ints(layer.head_dim), axis=0,

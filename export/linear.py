@@ -136,6 +136,26 @@ class Linears:
         outputs = graph.op("Mul", self.int8_product(rounded, down), scale)
         return outputs if down.bias is None else graph.op("Add", outputs, down.bias)
 
+    def scores(self, query: Value, keys: Value, scaling: float) -> Value:
+        """Products of queries and keys, times `scaling`: [batch, heads, asking, seen]."""
+        graph = self.graph
+        if self.fused:
+            return graph.op("FusedMatMul", query, keys, domain=MICROSOFT, transB=1, alpha=scaling)
+        turned = graph.op("Transpose", keys, perm=[0, 1, 3, 2])
+        return graph.op("Mul", graph.op("MatMul", query, turned), np.array(scaling, dtype=np.float32))
+
+    def mixed(self, weights: Value, values: Value) -> Value:
+        """Values by their attention weights."""
+        return self.graph.op("MatMul", weights, values)
+
+    def stored(self, array: np.ndarray) -> np.ndarray:
+        """Constant keys or values in the type that products read."""
+        return array
+
+    def kept(self, heads: Value) -> Value:
+        """Keys or values in that type."""
+        return heads
+
     def _silu(self, inputs: Value) -> Value:
         """Inputs * sigmoid(inputs)."""
         if self.fused:
@@ -161,4 +181,5 @@ def joined(layers: Sequence[LinearWeights]) -> LinearWeights | None:
         scale=None if first.scale is None else np.concatenate([layer.scale for layer in layers]),
         bias=None if all(layer.bias is None for layer in layers) else np.concatenate(biases),
         rounds_inputs=first.rounds_inputs,
+        input_range=first.input_range,
     )

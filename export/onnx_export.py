@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from export.decoder import Serving
+from export.engine import build_all, builder_for, default_shapes, input_ranges, place, simulate
 from export.graph import append_graph, recommend_graph, rerank_graph
 from export.items import PROJECTION_FILE
 from export.parity import PARITY_FILE, check_other_graphs, check_parity, some_histories
@@ -16,6 +17,7 @@ from export.writer import save_graphs
 from slmrec.artifact import Artifact, is_up_to_date, open_artifact, publish, write_json
 from slmrec.config import ExportConfig, settings_of
 from slmrec.dataset import Dataset, stage_on
+from slmrec.engine_config import EngineConfig
 from slmrec.errors import ConfigError
 from slmrec.locks import one_run_at_a_time
 from slmrec.models.checkpoint import load_decoder, with_neutral_layers
@@ -25,14 +27,23 @@ from slmrec.models.ranking import TorchRecommender
 
 @one_run_at_a_time
 def export_checkpoint(
-    checkpoint: Artifact, data: Dataset, output: Path, config: ExportConfig, *, force: bool = False
-) -> tuple[Artifact, bool]:
+    checkpoint: Artifact, data: Dataset, output: Path, config: ExportConfig, *,
+    engine: EngineConfig | None = None, force: bool = False,
+) -> tuple[Artifact, bool]:  # fmt: skip
     """Export a teacher or student; gives the artefact and whether it was there already.
 
+    With `engine` settings TensorRT engines are built beside the graph, where TensorRT can build here.
+
     Raises:
-        CheckError: the graph does not answer as the checkpoint does; nothing is written.
+        CheckError: the graph does not answer as the checkpoint does, or costs too much accuracy in the engine's
+            precision; nothing is written.
     """
-    stage = stage_on(data, checkpoint, "export", "graph", settings_of(config))
+    settings, kind = settings_of(config), "graph"
+    if engine is not None:
+        builder = builder_for(engine)
+        kind = "graph" if isinstance(builder, str) else "engine"
+        settings |= {"engine": settings_of(engine), "builder": None if isinstance(builder, str) else builder[0]}
+    stage = stage_on(data, checkpoint, "export", kind, settings)
     if is_up_to_date(output, stage, force=force):
         return open_artifact(output), True
     model = with_neutral_layers(load_decoder(checkpoint)).eval()
@@ -43,6 +54,11 @@ def export_checkpoint(
             parity = check_parity(TorchRecommender(model, "cpu"), OnnxRecommender(folder), data.sequences)
             write_json(folder / PARITY_FILE, parity.to_json())
         check_other_graphs(folder, some_histories(data.sequences))
+        if engine is not None:
+            shapes = default_shapes(data, model.spec.max_history)
+            placed = place(model, folder, config, engine, input_ranges(checkpoint, engine.ranges), shapes)
+            placed = simulate(placed, TorchRecommender(model, "cpu"), data, engine.accuracy_gate)
+            build_all(placed, folder, engine)
     return open_artifact(output), False
 
 

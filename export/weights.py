@@ -1,6 +1,7 @@
 """The numbers of a serving graph: a decoder recommender's weights as arrays, constants worked out beforehand."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,8 @@ class LinearWeights:
     bias: Float32[np.ndarray, " outputs"] | None
     rounds_inputs: bool
     """Inputs are rounded to 8 bits, each token by its own scale."""
+    input_range: float | None = None
+    """Largest magnitude of inputs that a static scale covers; None where it was not calibrated."""
 
     @property
     def kind(self) -> tuple[bool, bool]:
@@ -103,13 +106,20 @@ class ServingWeights:
 
 
 @torch.no_grad()
-def serving_weights(model: DecoderModel, *, fold_items: bool = True, spare_items: float = 0.0) -> ServingWeights:
+def serving_weights(
+    model: DecoderModel,
+    *,
+    fold_items: bool = True,
+    spare_items: float = 0.0,
+    ranges: Mapping[str, float] | None = None,
+) -> ServingWeights:
     """Take a model apart.
 
     Args:
         model: in `eval` mode; its layers are of the types that a checkpoint may hold.
         fold_items: multiply the item table by its projection now, so that a request reads rows and computes nothing.
         spare_items: rows for items to come, as a share of the catalogue.
+        ranges: of the inputs of linear layers, by their name relative to the decoder, for static scales.
 
     Raises:
         ConfigError: its rotary embeddings depend on the length of a request, or its activation is not SiLU.
@@ -127,7 +137,10 @@ def serving_weights(model: DecoderModel, *, fold_items: bool = True, spare_items
         items=_items(model, fold_items=fold_items, spare_items=spare_items),
         projection=None if _folds_items(model, fold_items=fold_items) else _linear(model.item_proj),
         user_proj=None if model.user_proj is None else _array(model.user_proj.weight.T),
-        layers=tuple(_layer(layer, keys[number], values[number]) for number, layer in enumerate(model.decoder.layers)),
+        layers=tuple(
+            _layer(layer, keys[number], values[number], _ranges_of(number, ranges or {}))
+            for number, layer in enumerate(model.decoder.layers)
+        ),
         norm=_norm(model.decoder.norm),
         prefix=_array(model.prefix),
         suffix=_array(model.suffix),
@@ -199,13 +212,23 @@ def _padded(values: np.ndarray, rows: int, filler: float) -> np.ndarray:
     return np.pad(values, widths, constant_values=filler)
 
 
-def _layer(layer: Any, keys: np.ndarray, values: np.ndarray) -> LayerWeights:
-    attention, mlp = layer.self_attn, layer.mlp
+def _ranges_of(number: int, ranges: Mapping[str, float]) -> dict[str, float]:
+    """Ranges of one layer's inputs, by their name relative to it."""
+    start = f"layers.{number}."
+    return {name.removeprefix(start): value for name, value in ranges.items() if name.startswith(start)}
+
+
+def _layer(layer: Any, keys: np.ndarray, values: np.ndarray, ranges: Mapping[str, float]) -> LayerWeights:
+    attention = layer.self_attn
     head_dim = int(attention.head_dim)
+
+    def linear(name: str) -> LinearWeights:
+        return _linear(layer.get_submodule(name), ranges.get(name))
+
     return LayerWeights(
-        query=_linear(attention.q_proj), key=_linear(attention.k_proj), value=_linear(attention.v_proj),
-        out=_linear(attention.o_proj),
-        gate=_linear(mlp.gate_proj), up=_linear(mlp.up_proj), down=_linear(mlp.down_proj),
+        query=linear("self_attn.q_proj"), key=linear("self_attn.k_proj"), value=linear("self_attn.v_proj"),
+        out=linear("self_attn.o_proj"),
+        gate=linear("mlp.gate_proj"), up=linear("mlp.up_proj"), down=linear("mlp.down_proj"),
         input_norm=_norm(layer.input_layernorm), forward_norm=_norm(layer.post_attention_layernorm),
         query_norm=_norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
         key_norm=_norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
@@ -231,12 +254,13 @@ def _norm(norm: Any) -> NormWeights:
     return NormWeights(weight=_array(norm.weight), epsilon=float(norm.variance_epsilon))
 
 
-def _linear(layer: nn.Linear | Int8Linear | Int8WeightLinear) -> LinearWeights:
+def _linear(layer: nn.Linear | Int8Linear | Int8WeightLinear, input_range: float | None = None) -> LinearWeights:
     return LinearWeights(
         weight=_array(layer.weight.T),
         scale=None if isinstance(layer, nn.Linear) else _array(layer.scale),
         bias=None if layer.bias is None else _array(layer.bias),
         rounds_inputs=isinstance(layer, Int8Linear),
+        input_range=input_range,
     )
 
 

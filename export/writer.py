@@ -61,7 +61,7 @@ class GraphWriter:
 
     def constant(self, array: np.ndarray) -> Value:
         """A constant; ones of the same content are one. Large ones go into the decoder's data file."""
-        digest = hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
+        digest = hashlib.sha256(raw_bytes(array)).hexdigest()
         return self._add(f"constant_{array.dtype}_{'x'.join(map(str, array.shape))}_{digest[:16]}", array, DECODER_DATA)
 
     def item_constant(self, name: str, array: np.ndarray) -> Value:
@@ -172,7 +172,7 @@ class _DataFile:
             with _naming(self.path):
                 self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
                 self._places[name] = self._file.tell()
-                self._file.write(content.data)
+                self._file.write(raw_bytes(content))
         tensor = onnx.TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(array.dtype), dims=array.shape)
         tensor.data_location = TensorProto.EXTERNAL
         place = {"location": self.path.name, "offset": self._places[name], "length": content.nbytes}
@@ -184,6 +184,11 @@ class _DataFile:
         """Bring everything to disk."""
         with _naming(self.path):
             self._file.close()
+
+
+def raw_bytes(array: np.ndarray) -> memoryview:
+    """An array's bytes, also of types that numpy has from elsewhere (bfloat16, 8-bit floating point)."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def _write(path: Path, content: bytes) -> None:

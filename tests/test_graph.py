@@ -192,7 +192,7 @@ def test_without_vnni_8_bit_products_are_computed_without_overflow(tiny_model, t
     export_model(model, tmp_path, ExportConfig())
     expected = OnnxRecommender(tmp_path).recommend(histories(), 10)
     asked = []
-    monkeypatch.setattr("export.runtime.has_vnni", lambda: asked.append(1))
+    monkeypatch.setattr("export.sessions.has_vnni", lambda: asked.append(1))
     actual = OnnxRecommender(tmp_path).recommend(histories(), 10)
     assert asked
     np.testing.assert_allclose(actual.scores, expected.scores, rtol=1e-5)

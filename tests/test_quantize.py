@@ -5,11 +5,12 @@ import pytest
 import torch
 
 from compress.int8 import decoder_linears, quantize_model
-from compress.quantize import Gate, _search, read_gate
+from compress.quantize import _search, read_gate
 from compress.sensitivity import sensitivity
 from slmrec.artifact import Stage, open_artifact, publish, write_json
 from slmrec.compress_config import CalibrationConfig, QuantizeConfig
 from slmrec.errors import CheckError, ConfigError
+from slmrec.gate import Gate
 from slmrec.metrics import Interval
 from slmrec.models.checkpoint import quantized_layers
 from slmrec.models.layers import Int8Linear, quantize_rows

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from slmrec.cli.engine_options import engine_config, engine_options
 from slmrec.cli.loading import choose, choose_student, load_recommender, resolve_output
 from slmrec.cli.options import common_options, data_option, model_option, output_option, print_result, runs_folder, say
 from slmrec.config import ExportConfig
@@ -13,7 +14,7 @@ from slmrec.errors import ConfigError
 if TYPE_CHECKING:
     from slmrec.artifact import Artifact
 
-RECOMMENDS = ("checkpoint", "graph", "bundle")
+RECOMMENDS = ("checkpoint", "graph", "engine", "bundle")
 
 
 @click.command()
@@ -30,20 +31,22 @@ RECOMMENDS = ("checkpoint", "graph", "bundle")
 @click.option("--tune", is_flag=True, help="Choose the kernels of 8-bit layers by measurement on this machine.")
 @click.option("--int8-items", is_flag=True, help="8-bit item table first, lists certified to be the fp32 ones.")
 @click.option("--block-max/--no-block-max", default=True, help="Top items by way of the maxima of blocks.")
-@click.option("--trt", is_flag=True, help="A TensorRT engine beside the graph (not in this version).")
+@engine_options
 @model_option
 @data_option
-@output_option("export")
+@output_option("export, or RUNS/engine with --trt")
 @common_options
 def export(
     model: Path | None, data: Path | None, output: Path | None, trt: bool, device: str, seed: int, as_json: bool,
     force: bool, **flags: Any,
 ) -> None:  # fmt: skip
-    """Write a student as an ONNX graph: history in, top-K items out; checked against the checkpoint."""
-    if trt:
-        raise ConfigError(
-            "TensorRT engines are not part of this version", remedy="slmcompress export, whose ONNX graph runs today"
-        )
+    """Write a student as an ONNX graph: history in, top-K items out; checked against the checkpoint.
+
+    --trt builds a TensorRT engine beside the graph, in RUNS/engine. Its precision is placed in a graph of its own,
+    whose accuracy is measured before anything is built; where TensorRT cannot build, that graph is kept with what
+    builds it elsewhere.
+    """
+    engine = engine_config(flags, wanted=trt)
     config = ExportConfig(**flags)
     checkpoint = choose_student(model)
     dataset = choose(data, "data", "slmcompress data FILE", "dataset")
@@ -52,12 +55,17 @@ def export(
     from slmrec.cli.stages import made, made_text
     from slmrec.dataset import load_dataset
 
-    result = export_checkpoint(
-        checkpoint, load_dataset(dataset.path), resolve_output(output, "export"), config, force=force
-    )
+    target = resolve_output(output, "engine" if trt else "export")
+    result = export_checkpoint(checkpoint, load_dataset(dataset.path), target, config, engine=engine, force=force)
     signature = read_signature(result[0].path)
     text = f"{made_text(*result)}; {signature['precision']}, top {signature['top_k']} of {signature['num_items']} items"
-    print_result(made(*result) | {"signature": signature}, text, as_json=as_json)
+    fields = made(*result) | {"signature": signature}
+    if trt:
+        from export.engine import engine_text, read_engines
+
+        fields["engine"] = read_engines(result[0].path)
+        text += "\n" + engine_text(fields["engine"], result[0].path)
+    print_result(fields, text, as_json=as_json)
 
 
 @click.command()
@@ -71,7 +79,7 @@ def bundle(
     as_json: bool, force: bool,
 ) -> None:  # fmt: skip
     """Put a graph, its contract, golden answers and measurements into one folder to hand over."""
-    graph = choose(model, "export", "slmcompress export", "graph")
+    graph = choose(model, "export", "slmcompress export", "graph", "engine")
     dataset = choose(data, "data", "slmcompress data FILE", "dataset")
     from export.bundle import bundle as run
     from slmrec.cli.stages import made, made_text
