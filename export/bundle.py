@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from export.card import model_card
+from export.engine_files import ENGINE_FILE, ENGINE_FOLDER, read_engines
+from export.golden import save_golden
 from export.items import PROJECTION_FILE
 from export.parity import PARITY_FILE, ParityRule
 from export.runtime import DATA_FILES, SIGNATURE_FILE, TUNE_FILE, OnnxRecommender, read_signature
@@ -18,11 +20,10 @@ from slmrec.catalogue import ITEMS_FILE, load_catalogue, require_same_catalogue
 from slmrec.dataset import Dataset
 from slmrec.errors import DataError
 from slmrec.locks import one_run_at_a_time
-from slmrec.ragged import Ragged
-from slmrec.recommender import Histories, TopK
+from slmrec.recommender import Histories
 from slmrec.sequences import test_cases
 
-SUMS_FILE, GOLDEN_FILE, RULE_FILE, BENCHMARK_FILE = "SHA256SUMS", "golden.npz", "rule.json", "benchmark.json"
+SUMS_FILE, RULE_FILE, BENCHMARK_FILE = "SHA256SUMS", "rule.json", "benchmark.json"
 MAX_GOLDEN = 64
 
 
@@ -64,46 +65,34 @@ def bundle(
         for name in (*graphs, *DATA_FILES, SIGNATURE_FILE, ITEMS_FILE, PROJECTION_FILE, PARITY_FILE, TUNE_FILE):
             if (graph.path / name).exists():
                 shutil.copyfile(graph.path / name, folder / name)
-        write_golden(folder, data)
+        _copy_engines(graph.path, folder)
+        histories = write_golden(folder, data)
         write_json(folder / RULE_FILE, asdict(ParityRule(precision=read_signature(folder)["precision"])))
         if benchmark is not None:
             write_json(folder / BENCHMARK_FILE, without_paths(benchmark))
-        write_triton(folder)
+        write_triton(folder, histories)
         (folder / "README.md").write_text(model_card(graph, read_signature(folder), benchmark), encoding="utf-8")
     return open_artifact(output), False
 
 
-def write_golden(folder: Path, data: Dataset) -> None:
-    """Real requests of all lengths and the graph's own answers."""
+def _copy_engines(graph: Path, folder: Path) -> None:
+    """Engines, and the graph and script that build them on the target."""
+    if not (graph / ENGINE_FILE).exists():
+        return
+    for name in (ENGINE_FILE, *(engine["file"] for engine in read_engines(graph)["engines"])):
+        shutil.copyfile(graph / name, folder / name)
+    shutil.copytree(graph / ENGINE_FOLDER, folder / ENGINE_FOLDER)
+
+
+def write_golden(folder: Path, data: Dataset) -> Histories:
+    """Write real requests of all lengths and the graph's own answers; gives the requests."""
     cases = test_cases(data.sequences)
     order = np.argsort(cases.histories.item_ids.lengths, kind="stable")
     rows = order[np.unique(np.linspace(0, len(order) - 1, MAX_GOLDEN).astype(np.int64))]
     histories = cases.histories.select(rows)
     recommender = OnnxRecommender(folder)
     save_golden(folder, histories, recommender.recommend(histories, min(recommender.max_top_k, recommender.num_items)))
-
-
-def save_golden(folder: Path, histories: Histories, answer: TopK) -> None:
-    """Write requests and answers: arrays only, no user ids, no pickles."""
-    np.savez(
-        folder / GOLDEN_FILE,
-        item_ids=histories.item_ids.values,
-        item_offsets=histories.item_ids.offsets,
-        exclude_ids=histories.exclude_ids.values,
-        exclude_offsets=histories.exclude_ids.offsets,
-        top_items=answer.item_ids,
-        top_scores=answer.scores,
-    )
-
-
-def stored_golden(folder: Path) -> tuple[Histories, TopK]:
-    """Requests and answers as `save_golden` wrote them."""
-    with np.load(folder / GOLDEN_FILE, allow_pickle=False) as stored:
-        golden = dict(stored)
-    histories = Histories(
-        Ragged(golden["item_ids"], golden["item_offsets"]), Ragged(golden["exclude_ids"], golden["exclude_offsets"])
-    )
-    return histories, TopK(golden["top_items"], golden["top_scores"])
+    return histories
 
 
 def write_sums(folder: Path) -> None:

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from export.bundle import BENCHMARK_FILE, GOLDEN_FILE, MAX_GOLDEN, SUMS_FILE, save_golden, stored_golden, write_sums
+from export.bundle import BENCHMARK_FILE, MAX_GOLDEN, SUMS_FILE, write_sums
 from export.card import model_card
+from export.engine_files import ENGINE_FILE
+from export.golden import GOLDEN_FILE, save_golden, stored_golden
 from export.items import PROJECTION_FILE, ItemWeights, read_items, write_items
 from export.parity import PARITY_FILE, ParityRule, check_other_graphs, compare
 from export.runtime import ITEM_DATA, SIGNATURE_FILE, OnnxRecommender, read_signature
@@ -23,7 +25,8 @@ from slmrec.ragged import Ragged
 from slmrec.recommender import Histories, TopK
 
 LEFT_BEHIND = {
-    ITEM_DATA, SIGNATURE_FILE, ITEMS_FILE, GOLDEN_FILE, BENCHMARK_FILE, PARITY_FILE, SUMS_FILE, MANIFEST, "README.md",
+    ITEM_DATA, SIGNATURE_FILE, ITEMS_FILE, GOLDEN_FILE, BENCHMARK_FILE, PARITY_FILE, SUMS_FILE, ENGINE_FILE, MANIFEST,
+    "README.md",
 }  # fmt: skip
 """Files of a bundle that are made anew, or that were measured on the old catalogue."""
 MAX_CHECKED = 64
@@ -83,8 +86,7 @@ def update_items(
         write_json(folder / SIGNATURE_FILE, signature | {"num_items": changed.count})
         write_items(folder, changed)
         _extended(catalogue, joining, changed).save(folder)
-        _check_and_save_golden(bundle.path, folder, changed, len(joining))
-        write_triton(folder)
+        write_triton(folder, _check_and_save_golden(bundle.path, folder, changed, len(joining)))
         (folder / "README.md").write_text(model_card(bundle, read_signature(folder), None), encoding="utf-8")
     return open_artifact(output), False
 
@@ -169,8 +171,8 @@ def expected_lists(tables: ItemWeights, users: np.ndarray, histories: Histories,
     return TopK(np.where(best == -np.inf, 0, items), best)
 
 
-def _check_and_save_golden(old: Path, new: Path, tables: ItemWeights, num_new: int) -> None:
-    """Golden requests, and such with a new item at their end, must be answered as the tables say."""
+def _check_and_save_golden(old: Path, new: Path, tables: ItemWeights, num_new: int) -> Histories:
+    """Golden requests, and such with a new item at their end, must be answered as the tables say; gives them."""
     histories, _ = stored_golden(old)
     histories = histories.select(np.arange(min(len(histories), MAX_GOLDEN)))  # earlier updates added some
     fresh = tables.count - np.arange(min(num_new, MAX_CHECKED))
@@ -186,6 +188,7 @@ def _check_and_save_golden(old: Path, new: Path, tables: ItemWeights, num_new: i
     compare(wanted, answer, ParityRule(precision="fp32"))
     check_other_graphs(new, asked)
     save_golden(new, asked, answer)
+    return asked
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from export.bundle import RULE_FILE, SUMS_FILE, stored_golden, sums
+from export.bundle import RULE_FILE, SUMS_FILE, sums
+from export.engine_files import ENGINE_FOLDER
+from export.golden import stored_golden
 from export.parity import Parity, ParityRule, check_other_graphs, compare
 from export.runtime import DATA_FILES, GRAPH_FILE, OnnxRecommender
 from slmrec.artifact import MANIFEST, library_versions, open_artifact
@@ -64,7 +66,8 @@ def verify(path: Path) -> Verified:
     unlisted = [name for name in _names(path) if name not in listed]
     if unlisted:
         raise _failed(f"{unlisted[0]} is not listed in {MANIFEST}")
-    for graph in [*sorted(path.glob("*.onnx")), *path.glob(f"triton/*/*/{GRAPH_FILE}/{GRAPH_FILE}")]:
+    inner = (f"triton/*/*/{GRAPH_FILE}/{GRAPH_FILE}", f"{ENGINE_FOLDER}/*.onnx")
+    for graph in [*sorted(path.glob("*.onnx")), *(found for place in inner for found in sorted(path.glob(place)))]:
         _require_data_inside(graph)
     made, here = artifact.manifest["versions"], library_versions()
     watched = ("onnxruntime", "numpy")

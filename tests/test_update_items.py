@@ -8,7 +8,8 @@ import polars as pl
 import pytest
 from click.testing import CliRunner
 
-from export.bundle import bundle, stored_golden
+from export.bundle import bundle
+from export.golden import stored_golden
 from export.items import read_items, write_items
 from export.onnx_export import export_checkpoint, export_model
 from export.runtime import OnnxRecommender

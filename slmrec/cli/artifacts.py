@@ -61,7 +61,7 @@ def export(
     text = f"{made_text(*result)}; {signature['precision']}, top {signature['top_k']} of {signature['num_items']} items"
     fields = made(*result) | {"signature": signature}
     if trt:
-        from export.engine import engine_text, read_engines
+        from export.engine_files import engine_text, read_engines
 
         fields["engine"] = read_engines(result[0].path)
         text += "\n" + engine_text(fields["engine"], result[0].path)
@@ -191,7 +191,9 @@ def _newest_product() -> "Artifact":
     """The newest bundle or graph below RUNS, else the newest student."""
     from slmrec.artifact import find_artifacts
 
-    products = [artifact for artifact in find_artifacts(runs_folder()) if artifact.kind in ("bundle", "graph")]
+    products = [
+        artifact for artifact in find_artifacts(runs_folder()) if artifact.kind in ("bundle", "graph", "engine")
+    ]
     if not products:
         return choose_student(None)
     say(f"using {products[0].path}")

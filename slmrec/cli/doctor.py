@@ -1,5 +1,6 @@
 """doctor: what this machine can build and run, and the remedy for what is missing."""
 
+import ctypes
 import importlib
 import importlib.util
 import os
@@ -31,11 +32,17 @@ OPTIONAL = {
 }  # fmt: skip
 
 
+ORT_TENSORRT = 10
+"""Major version of TensorRT that onnxruntime-gpu is linked with (1.31)."""
+
+
 @click.command()
 @common_options
 def doctor(as_json: bool, **_: Any) -> None:
     """Say what this machine can build and run: versions, providers, processor, disk."""
-    findings = [*_required(), *_optional(), _providers(), _gpu(), _processor(), _disk()]
+    findings = [
+        *_required(), *_optional(), _providers(), _driver(), _gpu(), *_engines(), *_mismatches(), _processor(), _disk()
+    ]  # fmt: skip
     result = {"ok": all(finding.ok for finding in findings), "findings": [asdict(finding) for finding in findings]}
     print_result(result, "\n".join(_line(finding) for finding in findings), as_json=as_json)
 
@@ -95,6 +102,79 @@ def _gpu() -> Finding:
         major, minor = torch.cuda.get_device_capability(index)
         names.append(f"{torch.cuda.get_device_name(index)} (compute capability {major}.{minor})")
     return Finding("GPU", ", ".join(names), ok=True)
+
+
+def _driver() -> Finding:
+    """NVIDIA's driver, and the newest CUDA it runs."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return Finding("NVIDIA driver", "none (needed for CUDA and to run engines)", ok=True)
+    version = ctypes.c_int()
+    if driver.cuDriverGetVersion(ctypes.byref(version)) != 0:
+        return Finding("NVIDIA driver", "there, and does not answer", ok=False, remedy="nvidia-smi says why")
+    return Finding("NVIDIA driver", f"runs CUDA up to {version.value // 1000}.{version.value % 1000 // 10}", ok=True)
+
+
+def _engines() -> list[Finding]:
+    """Which engines can be built here, and for what."""
+    from export.build_engine import BuildError, has_driver, load
+
+    found = []
+    for flavor, name in (("tensorrt", "engines by TensorRT"), ("rtx", "engines by TensorRT-RTX")):
+        module = "tensorrt" if flavor == "tensorrt" else "tensorrt_rtx_bindings"
+        try:
+            trt = load(flavor)
+        except BuildError as error:
+            if importlib.util.find_spec(module) is not None:
+                found.append(Finding(name, str(error), ok=False, remedy="reinstall it; its libraries must match"))
+            continue
+        if flavor == "tensorrt":
+            text = "for the GPU here" if has_driver() else "none: TensorRT builds on a machine with a GPU alone"
+            remedy = "" if has_driver() else "export --trt here keeps the graph; build_engine.py builds it there"
+            found.append(Finding(name, text, ok=True, remedy=remedy))
+            continue
+        devices = [kind for kind in trt.ComputeCapability.__members__ if kind.startswith("SM")]
+        spelled = ", ".join(f"{one[2:-1]}.{one[-1]}" for one in devices)
+        found.append(Finding(name, f"for compute capability {spelled}, without a GPU too", ok=True))
+    return found
+
+
+def _mismatches() -> list[Finding]:
+    """Packages that are there and do not fit each other."""
+    found = []
+    tensorrt, runtime = _version("tensorrt"), _installed("onnxruntime-gpu")
+    if tensorrt and runtime and int(tensorrt.split(".")[0]) > ORT_TENSORRT:
+        found.append(
+            Finding(
+                "ONNX Runtime's TensorRT provider",
+                f"onnxruntime-gpu {runtime} links TensorRT {ORT_TENSORRT}, installed is {tensorrt}", ok=False,
+                remedy=f"pip install 'tensorrt>={ORT_TENSORRT},<{ORT_TENSORRT + 1}', or use engines of export --trt",
+            )
+        )  # fmt: skip
+    if runtime and _installed("onnxruntime"):
+        found.append(
+            Finding(
+                "ONNX Runtime", "onnxruntime and onnxruntime-gpu overwrite each other's files", ok=False,
+                remedy="pip uninstall onnxruntime onnxruntime-gpu, and install one",
+            )
+        )  # fmt: skip
+    pairs = [_installed(f"tensorrt-rtx-cu13-{part}") for part in ("bindings", "libs")]
+    if all(pairs) and pairs[0] != pairs[1]:
+        found.append(
+            Finding(
+                "TensorRT-RTX", f"bindings {pairs[0]} and libraries {pairs[1]} are of different releases", ok=False,
+                remedy=f"pip install tensorrt-rtx-cu13-libs=={pairs[0]}",
+            )
+        )  # fmt: skip
+    return found
+
+
+def _installed(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _processor() -> Finding:

@@ -55,8 +55,15 @@ def load_recommender(artifact: Artifact, device: str = "auto") -> "Recommender":
         from slmrec.models.checkpoint import load_checkpoint
 
         return load_checkpoint(artifact, device)
-    if artifact.kind in ("graph", "bundle"):
+    if artifact.kind == "engine" and device == "cuda":
+        from export.engine_runtime import TensorRTRecommender
+
+        return TensorRTRecommender(artifact.path)
+    if artifact.kind in ("graph", "engine", "bundle"):
         from export.runtime import OnnxRecommender
+
+        if artifact.kind == "engine":
+            say(f"{artifact.path}: its ONNX graph answers, not its engine (--device cuda)")
 
         provider = "CUDAExecutionProvider" if device == "cuda" else "CPUExecutionProvider"
         return OnnxRecommender(artifact.path, provider=provider)
