@@ -31,6 +31,8 @@ from slmrec.sequences import validation_cases
 
 CALIBRATION_FILE = "calibration.json"
 USUAL_BATCH = 32
+GATE_LIST = 10
+"""Items of a list that the gate's NDCG@10 needs."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Placed:
     folder: Path
     recipe: dict[str, Any]
     gate: Gate | None
-    """None where no runtime here can run that precision."""
+    """None where no runtime here can run that precision, or lists are too short to be judged."""
 
 
 def precision_for(weights: ServingWeights, config: EngineConfig) -> str:
@@ -142,12 +144,11 @@ def simulate(placed: Placed, reference: Recommender, data: Dataset, required: fl
     Raises:
         CheckError: it keeps less than `required` of it.
     """
-    if placed.recipe["precision"] == "bf16":  # ONNX Runtime has no bfloat16 products on CPUs
+    graph = OnnxRecommender(placed.folder) if placed.recipe["precision"] != "bf16" else None
+    if graph is None or graph.max_top_k < GATE_LIST:  # ONNX Runtime has no bfloat16 products on CPUs
         return placed
     cases = validation_cases(data.sequences)
-    before, after = (
-        evaluate(one, cases, protocol=VALIDATION_PROTOCOL) for one in (reference, OnnxRecommender(placed.folder))
-    )
+    before, after = (evaluate(one, cases, protocol=VALIDATION_PROTOCOL) for one in (reference, graph))
     gate = gate_of(before, after, required)
     if not gate.passed:
         raise CheckError(
@@ -192,7 +193,7 @@ def builder_for(config: EngineConfig) -> tuple[str, Any] | str:
     """The flavour to build with and its module; auto is TensorRT on a machine with a GPU, or else why nothing is built.
 
     Raises:
-        ConfigError: the flavour was asked for by name and is not here, or has no device to build for.
+        ConfigError: the flavour was asked for by name and is not here.
     """
     flavor = "tensorrt" if config.flavor == "auto" else config.flavor
     try:
@@ -203,8 +204,4 @@ def builder_for(config: EngineConfig) -> tuple[str, Any] | str:
         if config.flavor == "auto":
             return str(error)
         raise ConfigError(str(error), remedy="--trt-flavor auto keeps the graph, to be built elsewhere") from None
-    if flavor == "rtx" and not config.compute_capability and not has_driver():
-        raise ConfigError(
-            "no GPU is here to build for", remedy="--compute-capability 8.0 (or 8.6, 8.9, 12.0), one or several"
-        )
     return flavor, trt

@@ -15,9 +15,9 @@ def engine_text(record: dict[str, Any], folder: Path) -> str:
     if gate is not None:
         lines.append(f"{record['precision']} on ONNX Runtime keeps {gate['ratio']:.4f} of validation NDCG@10")
     else:
-        lines.append(f"{record['precision']} was not simulated: ONNX Runtime cannot compute it on CPUs")
+        lines.append(f"{record['precision']} was not simulated: ONNX Runtime cannot, or lists are shorter than 10")
     for engine in record["engines"]:
-        device = engine["compute_capability"] or "this GPU"
+        device = engine["compute_capability"] or "its default devices"
         lines.append(
             f"{engine['file']}: {engine['flavor']} {engine['version']} for {device}, "
             f"{engine['size_bytes'] / 1e6:.1f} MB in {engine['build_s']:.1f} s"

@@ -41,7 +41,7 @@ class EngineConfig:
     version_compatible: bool = False
     """The engine runs with later TensorRT versions of the same major number."""
     compute_capability: tuple[str, ...] = ()
-    """Devices to build for, such as 8.0, one plan each; none = the GPU that is here."""
+    """Devices to build for, such as 8.0, one plan each; none = the GPU that is here, by rtx all that it supports."""
     accuracy_gate: float = 0.99
     """Least NDCG@10 on validation users, as a fraction of the checkpoint's, that the graph as placed must keep."""
 
@@ -61,6 +61,11 @@ class EngineConfig:
             )
         for name in ("min_shapes", "opt_shapes", "max_shapes"):
             parse_shapes(getattr(self, name) or "", f"--{name.replace('_', '-')}")
+        require(
+            self.timing_cache is None or self.flavor != "rtx",
+            "TensorRT-RTX keeps no kernel timings",
+            "leave out --timing-cache, or --trt-flavor tensorrt",
+        )
         if self.precision == "fp8":
             self.require_fp8()
 

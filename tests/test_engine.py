@@ -1,0 +1,417 @@
+"""TensorRT engines: precision as placed, real builds by TensorRT-RTX without a GPU, and what is read back of them."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from compress.calibrate import calibrate, static_ranges
+from compress.int8 import quantize_model
+from export import build_engine
+from export.build_engine import BuildError, build, load
+from export.bundle import bundle
+from export.engine import default_shapes, place, simulate
+from export.runtime import OnnxRecommender
+from export.verify import verify
+from slmrec.artifact import open_artifact
+from slmrec.cli.main import main
+from slmrec.config import DataConfig, ExportConfig
+from slmrec.dataset import load_dataset
+from slmrec.engine_config import EngineConfig, parse_shapes, profile_of
+from slmrec.errors import ArtifactError, CheckError, ConfigError
+from slmrec.evaluate import VALIDATION_PROTOCOL, evaluate
+from slmrec.interactions import prepare_dataset
+from slmrec.models.checkpoint import load_decoder, save_checkpoint
+from slmrec.models.ranking import TorchRecommender
+from slmrec.ragged import Ragged
+from slmrec.recommender import Histories
+from slmrec.sequences import validation_cases
+from slmrec.synthetic import write_log
+
+USERS = Histories.of(Ragged.from_rows([[1], [5, 9, 2], list(range(1, 11)), [7] * 4, list(range(3, 16))]))
+SHAPES = {
+    "min": {"item_ids": (1, 1), "exclude_ids": (1, 0)},
+    "opt": {"item_ids": (8, 8), "exclude_ids": (8, 32)},
+    "max": {"item_ids": (64, 10), "exclude_ids": (64, 64)},
+}
+NARROW = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}
+TENSORRT = "tensorrt" in {name.partition(".")[0] for name in sys.modules} or bool(
+    subprocess.run([sys.executable, "-c", "import tensorrt"], capture_output=True, check=False).returncode == 0
+)
+
+
+@pytest.fixture(scope="module")
+def placed_graph(tiny_model, tmp_path_factory):
+    """Place a tiny model in a precision: gives the model that stands for the checkpoint, and the placed graph."""
+    made = {}
+
+    def make(precision, family="llama", **settings):
+        key = (precision, family, *settings.items())
+        if key not in made:
+            model = tiny_model(family, prompt="slmrec", num_layers=2).eval()
+            ranges = {}
+            if precision in ("int8", "fp8"):
+                found = static_ranges(calibrate(model, USERS), model.num_layers)
+                ranges = {name: by_rule["max"] for name, by_rule in found.items()}
+                model = quantize_model(model)
+            config = EngineConfig(precision=precision, **settings)
+            folder = tmp_path_factory.mktemp(precision)
+            made[key] = model, place(model, folder, ExportConfig(), config, ranges, SHAPES)
+        return made[key]
+
+    return make
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_fp32_as_placed_answers_as_pytorch_does(placed_graph, family):
+    model, placed = placed_graph("fp32", family)
+    expected = TorchRecommender(model, "cpu").recommend(USERS, 10)
+    found = OnnxRecommender(placed.folder).recommend(USERS, 10)
+    np.testing.assert_array_equal(found.item_ids, expected.item_ids)
+    scale = np.abs(expected.scores[np.isfinite(expected.scores)]).max()
+    np.testing.assert_allclose(found.scores, expected.scores, rtol=0, atol=2e-5 * scale)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp16", 5e-3), ("int8", 0.1), ("fp8", 0.25)])
+def test_narrow_precisions_stay_near_the_checkpoint_and_differ_from_it(placed_graph, precision, tolerance):
+    model, placed = placed_graph(precision)
+    expected = TorchRecommender(model, "cpu").recommend(USERS, 20)
+    found = OnnxRecommender(placed.folder).recommend(USERS, 20)
+    scores = np.zeros((2, len(USERS), 21))
+    for row in range(len(USERS)):
+        for which, answer in enumerate((expected, found)):
+            scores[which, row, answer.item_ids[row]] = np.where(np.isfinite(answer.scores[row]), answer.scores[row], 0)
+    gap = np.abs(scores[0] - scores[1])[:, 1:].max()
+    assert 0 < gap <= tolerance * np.abs(scores[0]).max()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8", "fp8"])
+def test_norms_softmax_and_scores_are_fp32_at_every_precision(placed_graph, precision):
+    _, placed = placed_graph(precision)
+    model = onnx.load(placed.folder / "model.onnx", load_external_data=False)
+    kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        for output in node.output:
+            if node.op_type == "Cast":
+                kinds[output] = node.attribute[0].i
+            elif node.op_type in ("MatMul", "Concat", "Transpose", "Expand", "Reshape") and node.input:
+                kinds[output] = kinds.get(node.input[0], onnx.TensorProto.FLOAT)
+            elif node.op_type == "DequantizeLinear":
+                kinds[output] = onnx.TensorProto.FLOAT
+    for node in model.graph.node:
+        if node.op_type in ("Softmax", "ReduceMean", "Sqrt", "TopK", "Gemm"):
+            assert kinds.get(node.input[0], onnx.TensorProto.FLOAT) in (
+                onnx.TensorProto.FLOAT, onnx.TensorProto.INT64,
+            )  # fmt: skip
+    assert not any(node.domain for node in model.graph.node)
+    assert not any(node.op_type == "IsNaN" for node in model.graph.node)
+
+
+@pytest.mark.parametrize(
+    ("precision", "device"),
+    [("fp32", "8.0"), ("fp16", "8.0"), ("bf16", "8.6"), ("int8", "8.0"), ("fp8", "8.9"), ("fp16", "12.0")],
+)
+def test_a_real_engine_is_built_and_is_what_was_asked_for(placed_graph, precision, device):
+    _, placed = placed_graph(precision, workspace=256)
+    engine, found = build(load("rtx"), placed.folder / "model.onnx", placed.recipe, device)
+    assert len(engine) == found["size_bytes"] > 50_000
+    assert found["device"] == f"SM{device.replace('.', '')}"
+    assert found["profile"]["item_ids"] == [[1, 1], [8, 8], [64, 10]]
+    assert found["profile"]["exclude_ids"] == [[1, 0], [8, 32], [64, 64]]
+    assert (found["tf32"], found["workspace"]) == (False, 256)
+    assert found["outputs"] == {"top_items": "INT64", "top_scores": "FLOAT"}
+    attention = 2 * 2  # two layers, scores and mixing
+    products = 2 * 7 - 2  # queries, keys, values joined but in the last layer, where keys and values are
+    products += 1
+    if precision in NARROW:
+        kind = NARROW[precision]
+        narrow = found["products"][kind]
+        assert narrow - 2 * (precision == "fp32") == attention + products - 2
+        assert found["rounded"] == {}
+    else:
+        assert found["products"]["HALF"] == attention
+        assert found["products"]["FLOAT"] - 2 == products - 2
+        assert set(found["rounded"]) == {"INT8" if precision == "int8" else "FP8"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"expected": {"products": {"HALF": 1}, "rounded": {}}}, "products was to be {'HALF': 1}"),
+        ({"expected": {"products": {}, "rounded": {"INT8": 4}}}, "products was to be {}"),
+        ({"hardware_compat": "no_such_level"}, "hardware_compat=no_such_level is not known"),
+    ],
+)
+def test_an_engine_that_is_not_what_was_asked_for_is_an_error(placed_graph, change, message):
+    _, placed = placed_graph("fp16")
+    with pytest.raises(BuildError, match=message.replace("{", r"\{").replace("}", r"\}")):
+        build(load("rtx"), placed.folder / "model.onnx", placed.recipe | change, "8.0")
+
+
+def test_a_device_that_cannot_be_built_for_is_named_with_those_that_can(placed_graph):
+    _, placed = placed_graph("fp16")
+    with pytest.raises(BuildError, match=r"does not build for compute capability 9\.0, only for SM75, SM80"):
+        build(load("rtx"), placed.folder / "model.onnx", placed.recipe, "9.0")
+
+
+def test_what_the_parser_refuses_is_named_by_its_node(placed_graph, tmp_path):
+    node = onnx.helper.make_node("NoSuchOperation", ["x"], ["y"], name="the culprit")
+    value = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy"]
+    model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", value[:1], value[1:]))
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(BuildError, match=r"node 'the culprit' \(NoSuchOperation\)"):
+        build(load("rtx"), tmp_path / "model.onnx", placed_graph("fp16")[1].recipe, "8.0")
+
+
+def test_a_flavour_that_is_not_installed_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(build_engine, "MODULES", {"tensorrt": ("no_such_module",), "rtx": ("no_such_module",)})
+    with pytest.raises(BuildError, match="pip install tensorrt-rtx-cu13-bindings"):
+        load("rtx")
+
+
+def test_the_script_of_a_bundle_builds_by_itself(placed_graph, tmp_path):
+    _, placed = placed_graph("fp16")
+    script = [sys.executable, str(placed.folder / "build_engine.py"), "--output", str(tmp_path)]
+    elsewhere = {"cwd": "/", "capture_output": True, "text": True, "env": {"PATH": "/usr/bin"}}
+    found = subprocess.run([*script, "--flavor", "rtx"], check=False, **elsewhere)
+    assert found.returncode == 0, found.stderr
+    assert (tmp_path / "model.rtx").stat().st_size == json.loads(found.stdout)["size_bytes"]
+    if not TENSORRT:
+        missing = subprocess.run(script, check=False, **elsewhere)
+        assert missing.returncode == 2
+        assert "tensorrt is not installed; try: pip install tensorrt" in missing.stderr
+    lines = (placed.folder / "build_engine.py").read_text().splitlines()
+    imports = {line.split()[1] for line in lines if line.startswith(("import", "from"))}
+    assert imports <= {"argparse", "ctypes", "importlib", "json", "sys", "time", "pathlib", "typing"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"precision": "fp8", "compute_capability": ("8.9", "8.0")}, r"fp8 on compute capability 8\.0"),
+        ({"precision": "int4"}, "precision='int4'"),
+        ({"compute_capability": ("sm80",)}, "compute_capability='sm80' is none"),
+        ({"workspace": 0}, "workspace=0 MiB"),
+        ({"opt_shapes": "items:1x1"}, r"--opt-shapes has 'items:1x1'"),
+        ({"max_shapes": "item_ids:8"}, r"--max-shapes has 'item_ids:8'"),
+        ({"flavor": "nvidia"}, "flavor='nvidia'"),
+        ({"ranges": "mean"}, "ranges='mean'"),
+        ({"flavor": "rtx", "timing_cache": "timings"}, "TensorRT-RTX keeps no kernel timings"),
+        ({"accuracy_gate": 0.0}, r"accuracy_gate=0\.0 is no share"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_before_anything_is_built(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        EngineConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows", "message"),
+    [
+        ({}, 2**26, r"a batch of 64 times 67108864 items are more scores than TensorRT can index"),
+        ({"max_shapes": "item_ids:4x10,exclude_ids:4x64"}, 128, "batch of item_ids: min 1, opt 8, max 4"),
+        ({"min_shapes": "item_ids:1x9,exclude_ids:1x0"}, 128, "width of item_ids: min 9, opt 8"),
+        ({"opt_shapes": "item_ids:4x8"}, 128, "--opt-shapes has batches"),
+        ({"min_shapes": "item_ids:0x1,exclude_ids:0x0"}, 128, "a batch of 0"),
+        ({"min_shapes": "item_ids:1x0,exclude_ids:1x0"}, 128, "item_ids of width 0"),
+    ],
+)
+def test_profiles_that_cannot_be_are_refused(settings, rows, message):
+    with pytest.raises(ConfigError, match=message):
+        profile_of(EngineConfig(**settings), SHAPES, rows)
+
+
+@given(st.lists(st.tuples(st.integers(1, 64), st.integers(1, 50)), min_size=3, max_size=3), st.integers(0, 600))
+def test_shapes_in_order_are_taken_as_spelled(pairs, excluded):
+    batches, widths = (sorted(column) for column in zip(*pairs, strict=True))
+    spelled = {
+        f"{kind}_shapes": f"item_ids:{batch}x{width},exclude_ids:{batch}x{excluded}"
+        for kind, batch, width in zip(("min", "opt", "max"), batches, widths, strict=True)
+    }
+    profile = profile_of(EngineConfig(**spelled), SHAPES, 1000)
+    assert profile["item_ids"] == [[batch, width] for batch, width in zip(batches, widths, strict=True)]
+    assert [shape[1] for shape in profile["exclude_ids"]] == [excluded] * 3
+    assert parse_shapes(spelled["min_shapes"], "")["exclude_ids"] == (batches[0], excluded)
+
+
+def test_8_bit_engines_need_a_quantized_checkpoint(tiny_model, tmp_path):
+    model = tiny_model(prompt="none").eval()
+    with pytest.raises(ConfigError, match="int8 needs calibrated ranges"):
+        place(model, tmp_path, ExportConfig(), EngineConfig(precision="int8"), {}, SHAPES)
+    with pytest.raises(ConfigError, match="fp8 needs calibrated ranges"):
+        place(quantize_model(model), tmp_path, ExportConfig(), EngineConfig(precision="fp8"), {}, SHAPES)
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_model, tmp_path_factory):
+    """A dataset, a student and its 8-bit version as `quantize` writes it."""
+    from compress.quantize import quantize
+    from slmrec.artifact import Stage, publish
+    from slmrec.compress_config import CalibrationConfig, QuantizeConfig
+
+    runs = tmp_path_factory.mktemp("runs")
+    prepare_dataset([write_log(runs / "log.txt", num_items=40, num_users=90)], runs / "data", DataConfig())
+    data = load_dataset(runs / "data")
+    model = tiny_model(prompt="none", num_items=data.num_items).eval()
+    with publish(runs / "student", Stage(name="distill", kind="checkpoint", settings={})) as folder:
+        save_checkpoint(folder, model)
+        data.items.save(folder)
+    config = QuantizeConfig(accuracy_gate=0.01, calibration=CalibrationConfig(histories=64))
+    quantize(open_artifact(runs / "student"), data, runs / "student-int8", config)
+    return runs
+
+
+def call(runs, *arguments):
+    return CliRunner().invoke(main, ["--runs", str(runs), *map(str, arguments)], standalone_mode=False)
+
+
+def test_defaults_of_the_profile_come_from_the_data(runs):
+    data = load_dataset(runs / "data")
+    lengths = validation_cases(data.sequences).histories.item_ids.lengths
+    shapes = default_shapes(data, 10)
+    assert shapes["max"]["exclude_ids"][1] >= lengths.max() + 1
+    assert shapes["max"]["exclude_ids"][1] % 32 == 0
+    assert shapes["opt"]["item_ids"] == (32, min(10, int(np.median(lengths))))
+
+
+@pytest.mark.skipif(TENSORRT, reason="TensorRT is here, and builds")
+def test_export_trt_as_typed_without_tensorrt_keeps_the_graph_and_says_how_to_build_it(runs, tmp_path):
+    found = call(
+        runs, "export", "--trt", "-m", runs / "student-int8", "-o", tmp_path / "engine", "--accuracy-gate", 0.5
+    )
+    assert found.exception is None
+    assert "no engine was built: tensorrt is not installed" in found.stdout
+    assert f"python {tmp_path / 'engine/engine/build_engine.py'}" in found.stdout
+    assert open_artifact(tmp_path / "engine").kind == "graph"
+    assert not [*(tmp_path / "engine").glob("*.plan"), *(tmp_path / "engine").glob("*.rtx")]
+    again = call(
+        runs,
+        "export",
+        "--trt",
+        "-m",
+        runs / "student-int8",
+        "-o",
+        tmp_path / "engine",
+        "--accuracy-gate",
+        0.5,
+        "--json",
+    )
+    record = json.loads(again.stdout)
+    assert record["up_to_date"]
+    assert record["engine"]["engines"] == []
+    assert record["engine"]["precision"] == "int8"
+    assert record["engine"]["gate"]["num_users"] == 90
+
+
+def test_rtx_engines_for_two_devices_go_into_a_bundle_but_not_to_triton(runs, tmp_path):
+    flags = ["--trt-flavor", "rtx", "--compute-capability", "8.0, 8.6", "--precision", "fp16"]
+    made = call(runs, "export", "--trt", "-m", runs / "student", "-o", tmp_path / "engine", *flags)
+    assert made.exception is None
+    graph = open_artifact(tmp_path / "engine")
+    assert graph.kind == "engine"
+    assert {path.name for path in graph.path.glob("model*.rtx")} == {"model_sm80.rtx", "model_sm86.rtx"}
+    record = json.loads((graph.path / "engine.json").read_text())
+    assert [one["device"] for one in record["engines"]] == ["SM80", "SM86"]
+    assert record["gate"]["ratio"] == pytest.approx(1, abs=0.05)
+    bundle(graph, load_dataset(runs / "data"), tmp_path / "bundle")
+    names = {path.relative_to(tmp_path / "bundle").as_posix() for path in (tmp_path / "bundle").rglob("*")}
+    assert {"model_sm80.rtx", "engine/build_engine.py", "engine/recipe.json", "engine/model.onnx.data"} <= names
+    assert not {name for name in names if name.startswith("triton") and name.endswith((".rtx", ".plan"))}
+    assert verify(tmp_path / "bundle").parity.num_equal_lists == verify(tmp_path / "bundle").parity.num_users
+    answer = call(runs, "recommend", "-m", tmp_path / "engine", "-k", 3, "--json", "1", "2")
+    assert len(json.loads(answer.stdout)["items"]) == 3
+    tampered = onnx.load(tmp_path / "bundle/engine/model.onnx", load_external_data=False)
+    tampered.graph.initializer.add(name="x", data_location=onnx.TensorProto.EXTERNAL).external_data.add(
+        key="location", value="/etc/passwd"
+    )
+    (tmp_path / "bundle/engine/model.onnx").write_bytes(tampered.SerializeToString())
+    with pytest.raises(CheckError, match=r"engine/model\.onnx is not as SHA256SUMS says"):
+        verify(tmp_path / "bundle")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--precision", "fp16"], "--precision is for TensorRT engines"),
+        (["--trt", "--precision", "int8", "-m", "student"], "int8 needs calibrated ranges"),
+        (["--trt", "--precision", "fp8", "--compute-capability", "8.0"], r"fp8 on compute capability 8\.0"),
+        (
+            ["--trt", "--trt-flavor", "rtx", "--compute-capability", "9.0"],
+            r"rtx: this TensorRT does not build for .* 9\.0",
+        ),
+        (["--trt", "--max-shapes", "item_ids:9x9"], "batches"),
+    ],
+)
+def test_engines_that_cannot_be_leave_nothing_behind(runs, tmp_path, flags, message):
+    flags = [str(runs / flag) if flag == "student" else flag for flag in flags]
+    found = (
+        call(runs, "export", "-o", tmp_path / "engine", "--accuracy-gate", 0.1, *flags)
+        if "--trt" in flags
+        else call(runs, "export", "-o", tmp_path / "engine", *flags)
+    )
+    assert isinstance(found.exception, ConfigError)
+    with pytest.raises(ConfigError, match=message):
+        raise found.exception
+    assert not (tmp_path / "engine").exists()
+
+
+def test_a_precision_that_costs_too_much_is_not_built(runs):
+    data = load_dataset(runs / "data")
+    cases = validation_cases(data.sequences)
+
+    class Perfect:
+        """Knows the answers."""
+
+        num_items, max_top_k = data.num_items, 100
+
+        def __init__(self, model):
+            self.own = TorchRecommender(model, "cpu")
+            rows = zip(map(tuple, cases.histories.item_ids), cases.targets, strict=True)
+            self.targets = dict(rows)
+
+        def recommend(self, histories, k):
+            answer = self.own.recommend(histories, k)
+            for row, history in enumerate(histories.item_ids):
+                target = self.targets[tuple(history)]
+                rest = [item for item in answer.item_ids[row] if item != target][: k - 1]
+                answer.item_ids[row] = [target, *rest]
+            return answer
+
+    model = load_decoder(open_artifact(runs / "student")).eval()
+    assert evaluate(Perfect(model), cases, protocol=VALIDATION_PROTOCOL).metrics["ndcg@10"].estimate == 1
+    folder = runs / "too-much"
+    folder.mkdir()
+    placed = place(model, folder, ExportConfig(), EngineConfig(precision="fp16"), {}, default_shapes(data, 10))
+    with pytest.raises(CheckError, match="fp16 costs too much"):
+        simulate(placed, Perfect(model), data, 0.99)
+    assert simulate(replace(placed), TorchRecommender(model, "cpu"), data, 0.9).gate.passed
+
+
+def test_an_engine_without_cuda_is_refused_by_name(runs, tmp_path):
+    made = call(
+        runs, "export", "--trt", "-m", runs / "student", "-o", tmp_path / "engine", "--trt-flavor", "rtx",
+        "--compute-capability", "8.0", "--precision", "fp16",
+    )  # fmt: skip
+    assert made.exception is None
+    from export.engine_runtime import TensorRTRecommender
+
+    if not build_engine.has_driver():
+        with pytest.raises((ConfigError, ArtifactError)):
+            TensorRTRecommender(tmp_path / "engine")
+
+
+@pytest.mark.slow
+def test_an_engine_over_a_million_items_builds(tiny_model, tmp_path):
+    model = tiny_model(prompt="none", num_layers=1, num_items=1_000_000).eval()
+    shapes = {kind: {name: (min(shape[0], 16), shape[1]) for name, shape in of.items()} for kind, of in SHAPES.items()}
+    placed = place(model, tmp_path, ExportConfig(), EngineConfig(precision="fp16"), {}, shapes)
+    engine, found = build(load("rtx"), placed.folder / "model.onnx", placed.recipe, "8.0")
+    assert found["size_bytes"] > 1_000_000 * 8 * 4
+    assert engine
