@@ -408,10 +408,13 @@ def test_an_engine_without_cuda_is_refused_by_name(runs, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_engine_over_a_million_items_builds(tiny_model, tmp_path):
-    model = tiny_model(prompt="none", num_layers=1, num_items=1_000_000).eval()
+@pytest.mark.parametrize(("precision", "device"), [("fp32", "8.0"), ("fp16", "8.0"), ("int8", "8.0"), ("fp8", "8.9")])
+def test_engines_over_a_million_items_build(tiny_model, tmp_path, precision, device):
+    model, ranges = tiny_model(prompt="none", num_layers=1, num_items=1_000_000).eval(), {}
+    if precision in ("int8", "fp8"):
+        found = static_ranges(calibrate(model, USERS), 1)
+        ranges, model = {name: by_rule["max"] for name, by_rule in found.items()}, quantize_model(model)
     shapes = {kind: {name: (min(shape[0], 16), shape[1]) for name, shape in of.items()} for kind, of in SHAPES.items()}
-    placed = place(model, tmp_path, ExportConfig(), EngineConfig(precision="fp16"), {}, shapes)
-    engine, found = build(load("rtx"), placed.folder / "model.onnx", placed.recipe, "8.0")
-    assert found["size_bytes"] > 1_000_000 * 8 * 4
-    assert engine
+    placed = place(model, tmp_path, ExportConfig(), EngineConfig(precision=precision), ranges, shapes)
+    engine, found = build(load("rtx"), placed.folder / "model.onnx", placed.recipe, device)
+    assert len(engine) == found["size_bytes"] > 1_000_000 * 8 * 4

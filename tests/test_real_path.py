@@ -101,3 +101,20 @@ def test_the_bundle_verifies_and_recommends_by_title(runs):
     titles = set(pl.read_parquet(runs / "bundle" / "items.parquet")["title"])
     assert len(answer["titles"]) == 5
     assert set(answer["titles"]) <= titles - {"Toy Story", "Twelve Monkeys"}
+
+
+@pytest.mark.parametrize(("precision", "device"), [("fp32", "8.0"), ("fp16", "8.0"), ("int8", "8.0"), ("fp8", "8.9")])
+def test_engines_of_the_student_are_built_in_every_precision(runs, precision, device):
+    student = runs / ("student" if precision in ("fp32", "fp16") else "student-int8")
+    target = ["-m", student, "-o", runs / f"engine-{precision}"]
+    flags = ["--precision", precision, "--trt-flavor", "rtx", "--compute-capability", device, "--accuracy-gate", 0.8]
+    made = json.loads(call(runs, "export", "--trt", *target, *flags, "--json"))["engine"]
+    [engine] = made["engines"]
+    assert (runs / f"engine-{precision}" / "model.rtx").stat().st_size == engine["size_bytes"] > 10_000_000
+    assert engine["device"] == f"SM{device.replace('.', '')}"
+    assert engine["profile"]["item_ids"][2] == [256, 20]
+    kind = {"fp32": "FLOAT", "fp16": "HALF"}.get(precision)
+    rounded = {"int8": "INT8", "fp8": "FP8"}.get(precision)
+    assert engine["products"][kind or "HALF"] > 0
+    assert set(engine["rounded"]) == ({rounded} if rounded else set())
+    assert made["gate"]["ratio"] > (0.98 if precision in ("fp32", "fp16") else 0.8)
