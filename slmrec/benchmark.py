@@ -10,11 +10,12 @@ import numpy as np
 
 from slmrec.artifact import Artifact
 from slmrec.catalogue import load_catalogue, require_same_catalogue
+from slmrec.choice import Constraints, choose, front
 from slmrec.config import BenchmarkConfig, settings_of
 from slmrec.dataset import Dataset
 from slmrec.errors import ConfigError
 from slmrec.evaluate import TEST_PROTOCOL, Accuracy, evaluate
-from slmrec.latency import Memory, Timing, measure_latency, requests
+from slmrec.latency import Memory, Timing, measure_latency, measure_load, requests
 from slmrec.machine import describe_machine, usable_cores
 from slmrec.metrics import Comparison, Interval, compare, holm, overlap, ratio_of_means
 from slmrec.recommender import Histories, Recommender
@@ -51,6 +52,7 @@ class _Measured:
     accuracy: Accuracy | None
     memory: Memory | None
     floor: dict[str, dict[str, Any]] | None
+    load: dict[str, float] | None
 
 
 def run_benchmark(
@@ -86,10 +88,16 @@ def run_benchmark(
         e.name: floors_of(e.recommender, timings[e.name], cases.histories, config, ceilings) if ceilings else None
         for e in entrants
     }
-    measured = [_Measured(e, timings[e.name], accuracies[e.name], peaks[e.name], floors[e.name]) for e in entrants]
+    loads = {e.name: _load(e, cases.histories, config, say) for e in entrants}
+    measured = [
+        _Measured(e, timings[e.name], accuracies[e.name], peaks[e.name], floors[e.name], loads[e.name])
+        for e in entrants
+    ]
     rows = _rows(measured, baseline, config)
+    _judge(rows, config.constraints)
+    chosen = choose(rows, config.constraints, baseline)
     return Report(
-        benchmark={**provenance, "baseline": baseline, "rows": rows}
+        benchmark={**provenance, "baseline": baseline, "rows": rows, "recommended": chosen}
         | ({"ceilings": ceilings.to_json()} if ceilings else {}),
         curves={e.name: records for e in entrants if (records := read_curves(e.artifact))},
         example=_example(measured, data, cases, config.seed),
@@ -169,6 +177,13 @@ def _memory(entrant: Entrant, memory: Callable[[Artifact], Memory] | None, say: 
     return memory(entrant.artifact)
 
 
+def _load(entrant: Entrant, histories: Histories, config: BenchmarkConfig, say: Say) -> dict[str, float] | None:
+    if config.rate is None:
+        return None
+    say(f"load on {entrant.name}: {config.rate_requests} requests at {config.rate:g} a second")
+    return measure_load(entrant.recommender, histories, config)
+
+
 def _rows(measured: Sequence[_Measured], baseline: str, config: BenchmarkConfig) -> list[dict[str, Any]]:
     reference = next(one for one in measured if one.entrant.name == baseline)
     rows = [_row(one, reference, config) for one in measured]
@@ -188,6 +203,14 @@ def _rows(measured: Sequence[_Measured], baseline: str, config: BenchmarkConfig)
     return rows
 
 
+def _judge(rows: Sequence[dict[str, Any]], constraints: Constraints) -> None:
+    """Note in each row whether it is on the front of accuracy and latency, and whether it keeps to the constraints."""
+    best = front(rows)
+    for row in rows:
+        row["pareto"] = row["name"] in best
+        row["satisfies_constraints"] = not constraints.broken_by(row) if constraints.any else None
+
+
 def _row(one: _Measured, reference: _Measured, config: BenchmarkConfig) -> dict[str, Any]:
     artifact = one.entrant.artifact
     return {
@@ -204,6 +227,7 @@ def _row(one: _Measured, reference: _Measured, config: BenchmarkConfig) -> dict[
         "peak_memory_bytes": one.memory.peak_bytes if one.memory else None,
         "memory": one.memory.to_json() if one.memory else None,
         "floor": one.floor,
+        "load": one.load,
         "ratios": _ratios(one, reference, config),
         "comparison": None,
     }

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from slmrec.checks import require, require_choice, require_least
+from slmrec.choice import Constraints
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,16 +284,23 @@ class BenchmarkConfig:
     top_k: int = 10
     accuracy: bool = True
     """Evaluate on all test users as well."""
+    rate: float | None = None
+    """Requests a second that arrive at random (Poisson) at each artefact in turn; None leaves out that measurement."""
+    rate_requests: int = 200
+    """Requests of that measurement."""
     gpu_hour_price: float | None = None
     """Price of an hour of the machine, in any currency; turns measured rates into the price of recommendations."""
     floor: bool = True
     """Count what each artefact computes, measure the machine's best, and say how far apart they are (CPUs alone)."""
     device_spec: str | None = None
     """Estimate the floor on another device from its data sheet (a100, h100) instead of measuring this machine's."""
+    constraints: Constraints = field(default_factory=Constraints)
+    """What the recommended artefact has to keep to."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require_least(self, rounds=2, batch_rounds=2, seed=0)
+        require_least(self, rounds=2, batch_rounds=2, rate_requests=2, seed=0)
+        require(self.rate is None or self.rate > 0, f"rate={self.rate} is not above 0", "--rate 100")
         if self.device_spec is not None:
             require_choice("device_spec", self.device_spec, ("a100", "h100"))
         price = self.gpu_hour_price

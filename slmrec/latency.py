@@ -132,6 +132,40 @@ def measure_latency(
     }
 
 
+def measure_load(
+    recommender: Recommender,
+    histories: Histories,
+    config: BenchmarkConfig,
+    *,
+    clock: Clock = time.perf_counter,
+    sleep: Callable[[float], None] = time.sleep,
+) -> dict[str, float]:
+    """Latency under open load: requests arrive at random times whether or not those before them are done.
+
+    One user a request, one worker, first come first served; latency counts from the arrival, so waiting is in it. At a
+    utilisation of 1 the queue only grows, and percentiles say how long the run was.
+    """
+    assert config.rate is not None
+    k = min(config.top_k, recommender.max_top_k)
+    asked = requests(histories, 1, config.rate_requests, seed=config.seed)
+    gaps = np.random.default_rng([config.seed, 1]).exponential(1 / config.rate, len(asked))
+    arrivals = np.cumsum(gaps)
+    for request in asked[:WARMUP_REQUESTS]:
+        recommender.recommend(request, k)
+    waited, busy, start = np.empty(len(asked)), 0.0, clock()
+    for index, (request, arrival) in enumerate(zip(asked, arrivals, strict=True)):
+        early = start + arrival - clock()
+        if early > 0:
+            sleep(early)
+        began = clock()
+        recommender.recommend(request, k)
+        ended = clock()
+        busy += ended - began
+        waited[index] = ended - start - arrival
+    values = {f"p{percent}_ms": value for percent, value in percentiles(waited * 1000).items()}
+    return {"rate": config.rate, "utilisation": busy / (clock() - start), "requests": len(asked), **values}
+
+
 def measure_memory(artifact: Path, data: Path, *, device: str = "auto") -> Memory:
     """Load the artefact in a process of its own, so that no other artefact's memory is counted.
 

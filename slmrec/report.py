@@ -12,6 +12,8 @@ from slmrec.errors import ArtifactError
 from slmrec.roofline import roofline_text
 
 ACCURACY_COLUMNS = ("hr@1", "hr@5", "hr@10", "ndcg@5", "ndcg@10", "mrr", "num_users", "protocol", "mrr_cutoff")
+FULL = 0.98
+"""Share of the time busy from which a queue is not worked off any more."""
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 
@@ -96,6 +98,7 @@ def to_markdown(benchmark: Mapping[str, Any]) -> str:
         f"Intervals are 95 % (bootstrap over users); speed-ups are medians of paired rounds against "
         f"{_markdown(benchmark['baseline'])} with their 10th to 90th percentile.",
         "",
+        *recommended_lines(benchmark),
         f"- Protocol: {_markdown(protocol_of(benchmark))}",
         f"- Dataset: {_markdown(dataset_line(dataset))}",
         f"- Machine: {_markdown(machine_line(machine))}",
@@ -149,6 +152,25 @@ def over_floor(row: Mapping[str, Any]) -> float | None:
     """How many times its floor a single user's request took; None where it was not measured."""
     found: float | None = ((row.get("floor") or {}).get("batch_1") or {}).get("measured_over_floor")
     return found
+
+
+def recommended_lines(benchmark: Mapping[str, Any]) -> list[str]:
+    """The artefact to serve and why, and what open load did to each."""
+    chosen = benchmark.get("recommended")
+    lines = (
+        [] if chosen is None else [f"- To serve: {_markdown(chosen['name'] or 'none')}: {_markdown(chosen['reason'])}"]
+    )
+    for row in benchmark["rows"]:
+        if row.get("load"):
+            lines.append(f"- {_markdown(row['name'])} {load_text(row['load'])}")
+    return lines
+
+
+def load_text(load: Mapping[str, float]) -> str:
+    """What open load did to an artefact."""
+    found = ", ".join(f"{name.removesuffix('_ms')} {number(load[name])} ms" for name in load if name.endswith("_ms"))
+    full = " (the queue only grew)" if load["utilisation"] >= FULL else ""
+    return f"at {load['rate']:g} requests a second: {found}, busy {100 * load['utilisation']:.0f} % of the time{full}"
 
 
 def floor_lines(benchmark: Mapping[str, Any]) -> list[str]:
@@ -252,11 +274,11 @@ def versions_line(machine: Mapping[str, Any]) -> str:
 def _flat_row(row: Mapping[str, Any]) -> dict[str, Any]:
     accuracy = row["accuracy"] or {}
     flat = {name: row[name] for name in ("name", "artifact", "kind", "size_bytes", "peak_memory_bytes")}
-    flat["price_per_million"] = row.get("price_per_million")
+    flat |= {name: row.get(name) for name in ("price_per_million", "pareto", "satisfies_constraints")}
     flat |= {name: accuracy.get(name) for name in ACCURACY_COLUMNS}
     for metric, (low, high) in accuracy.get("intervals", {}).items():
         flat |= {f"{metric}_low": low, f"{metric}_high": high}
-    for group in ("latency", "throughput", "floor", "ratios", "comparison", "overlap@10"):
+    for group in ("latency", "throughput", "load", "floor", "ratios", "comparison", "overlap@10"):
         flat |= _flatten(group, row.get(group) or {})
     return flat
 

@@ -13,6 +13,7 @@ from slmrec.report import (
     dataset_line,
     floor_lines,
     largest_batch,
+    load_text,
     machine_line,
     number,
     over_floor,
@@ -40,6 +41,7 @@ def to_html(report: Report) -> str:
     sections = [
         _header(benchmark),
         _plot(benchmark["rows"]),
+        _recommended(benchmark),
         _table(benchmark),
         _details(benchmark["rows"]),
         _example(report.example),
@@ -146,6 +148,20 @@ def _point(row: Mapping[str, Any]) -> Point:
 
 def _swatch(kind: str) -> str:
     return f'<svg class="swatch marker {kind}" viewBox="0 0 16 16" aria-hidden="true">{shape(kind, 8, 8)}</svg>'
+
+
+def _recommended(benchmark: Mapping[str, Any]) -> str:
+    chosen = benchmark.get("recommended")
+    if chosen is None:
+        return ""
+    name = f"<b>{escape(chosen['name'])}</b>" if chosen["name"] else "None of these"
+    loads = [
+        f"<br>{escape(row['name'])} {escape(load_text(row['load']))}." for row in benchmark["rows"] if row.get("load")
+    ]
+    return (
+        f'<section><h2>To serve</h2><p class="recommended">{name}: {escape(chosen["reason"])}.</p>'
+        f'<p class="note">{"".join(loads).removeprefix("<br>")}</p></section>'
+    )
 
 
 def _table(benchmark: Mapping[str, Any]) -> str:

@@ -168,6 +168,7 @@ def test_memory_of_a_real_checkpoint_is_that_of_its_own_process(tmp_path: Path) 
     with publish(tmp_path / "items", Stage(name="train-items", kind="checkpoint", settings={})) as folder:
         config = SasrecConfig(hidden_size=8, train=TrainConfig(epochs=1, batch_size=1, learning_rate=1e-3))
         save_checkpoint(folder, Sasrec(config, num_items=4))
+        Catalogue(list("abcd"), [None] * 4, [None] * 4).save(folder)
     memory = measure_memory(tmp_path / "items", tmp_path / "data", device="cpu")
     assert 20e6 < memory.baseline_bytes < memory.peak_bytes < 2e9
     assert memory.load_ms > 0

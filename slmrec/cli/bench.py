@@ -87,6 +87,11 @@ def evaluate(
 @click.option("--batch-sizes", type=IntList(), default="8,32", show_default=True, help="Of the throughput.")
 @click.option("--batch-rounds", type=int, default=10, show_default=True, help="Batches of each size and artefact.")
 @click.option("--top-k", type=int, default=10, show_default=True, help="Items asked for while timing.")
+@click.option("--rate", type=float, help="Open load too: requests a second that arrive at random.")
+@click.option("--rate-requests", type=int, default=200, show_default=True, help="Requests of the open load.")
+@click.option("--max-latency-ms", multiple=True, metavar="[PXX=]MS", help="Bound, such as p99=20; may be repeated.")
+@click.option("--min-ndcg", type=float, help="Least NDCG@10, as a share of the baseline's.")
+@click.option("--max-size-mb", type=float, help="Largest artefact.")
 @click.option("--gpu-hour-price", type=float, help="Price of the machine's hour: adds the price of a million lists.")
 @click.option("--accuracy/--no-accuracy", default=True, show_default=True, help="Evaluate on all test users.")
 @click.option("--floor/--no-floor", default=True, show_default=True, help="Count arithmetic and bytes; CPUs alone.")
@@ -100,6 +105,9 @@ def benchmark(
     output: Path | None,
     baseline: str | None,
     memory: bool,
+    max_latency_ms: tuple[str, ...],
+    min_ndcg: float | None,
+    max_size_mb: float | None,
     as_json: bool,
     force: bool,
     device: str,
@@ -107,14 +115,17 @@ def benchmark(
 ) -> None:
     """Accuracy against latency of several artefacts in one run: benchmark.json, .csv, .md and report.html.
 
-    It measures anew every time and replaces the last report.
+    It names the artefact to serve: the fastest that keeps to the bounds, NDCG@10 of 0.99 of the baseline's if none is
+    given. It measures anew every time and replaces the last report.
     """
     from slmrec.artifact import Stage, publish
+    from slmrec.choice import Constraints, parse_latency
     from slmrec.cli.loading import choose, resolve_output
     from slmrec.config import BenchmarkConfig, settings_of
     from slmrec.report import floor_lines, markdown_table, require_report_folder, write_report
 
-    config = BenchmarkConfig(**settings)
+    bounds = Constraints(max_latency_ms=parse_latency(max_latency_ms), min_ndcg=min_ndcg, max_size_mb=max_size_mb)
+    config = BenchmarkConfig(constraints=bounds, **settings)
     target = resolve_output(output, "report")
     require_report_folder(target)
     dataset = _load_data(data)
@@ -131,7 +142,9 @@ def benchmark(
         report = replace(report, benchmark={**report.benchmark, "commands": [_command()]})
         write_report(report, folder)
     say(f"wrote {target / 'report.html'} and benchmark.json, .csv and .md beside it")
-    text = [*markdown_table(report.benchmark), "", *floor_lines(report.benchmark)]
+    chosen = report.benchmark["recommended"]
+    text = [*markdown_table(report.benchmark), "", f"to serve: {chosen['name'] or 'none'}: {chosen['reason']}"]
+    text += ["", *floor_lines(report.benchmark)]
     print_result(dict(report.benchmark), "\n".join(text).rstrip(), as_json=as_json)
 
 
