@@ -1,5 +1,6 @@
 """slmcompress evaluate, slmcompress benchmark."""
 
+import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from slmrec.cli.options import common_options, data_option, model_option, output_option, print_result, say
-from slmrec.errors import ConfigError
+from slmrec.errors import ArtifactError, ConfigError
 
 if TYPE_CHECKING:
     from slmrec.artifact import Artifact
@@ -146,6 +147,41 @@ def benchmark(
     text = [*markdown_table(report.benchmark), "", f"to serve: {chosen['name'] or 'none'}: {chosen['reason']}"]
     text += ["", *floor_lines(report.benchmark)]
     print_result(dict(report.benchmark), "\n".join(text).rstrip(), as_json=as_json)
+
+
+@click.command()
+@click.argument("old", type=click.Path(path_type=Path))
+@click.argument("new", type=click.Path(path_type=Path))
+@click.option(
+    "--tolerance", type=float, default=0.01, show_default=True, help="Share by which any figure may be worse."
+)
+@common_options
+def compare(old: Path, new: Path, tolerance: float, as_json: bool, force: bool, device: str, seed: int) -> None:
+    """Compare two reports (folders, or their benchmark.json); ends with 1 where the NEW one is worse, for CI.
+
+    Accuracy may fall within the OLD 95 % interval over users, speed-ups within the OLD spread over rounds.
+    """
+    from slmrec.compare import compare_reports
+
+    if not 0 <= tolerance < 1:
+        raise ConfigError(f"tolerance={tolerance} is no share from 0 to 1", remedy="--tolerance 0.01")
+    changes = compare_reports(_read_report(old), _read_report(new), tolerance)
+    worse = any(change.is_regression for change in changes)
+    result = {"regression": worse, "changes": [change.to_json() for change in changes]}
+    print_result(result, "\n".join(change.to_text() for change in changes), as_json=as_json)
+    if worse:
+        raise SystemExit(1)
+
+
+def _read_report(path: Path) -> dict[str, Any]:
+    file = path / "benchmark.json" if path.is_dir() else path
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{file} is no benchmark: {error}", remedy="a folder of slmcompress benchmark") from None
+    if not isinstance(found, dict) or not {"rows", "baseline", "dataset"} <= found.keys():
+        raise ArtifactError(f"{file} is no benchmark", remedy="a folder of slmcompress benchmark")
+    return found
 
 
 def row_names(paths: Sequence[Path]) -> list[str]:
