@@ -1,7 +1,7 @@
-"""The tables of the README, made from `benchmarks/results/`.
+"""The tables of README.md and docs/, made from `benchmarks/results/`.
 
 python benchmarks/readme.py           # write them
-python benchmarks/readme.py --check   # exit 1 where the README says something else
+python benchmarks/readme.py --check   # exit 1 where they say something else
 """
 
 import json
@@ -229,6 +229,68 @@ def serving_ablation(entry: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def process_memory(entry: dict[str, Any]) -> str:
+    """Memory of a further process, and what sharing more of it costs."""
+    result = entry["result"]
+    rows = [
+        "| | private | shared | all processes together | batch 1 | batch 32 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for precision in ("fp32", "8-bit"):
+        for way in ("packed", "unpacked"):
+            one = result[precision][way]
+            speed = result[precision]["unpacked_speed"]
+            shown = [f"{speed[size]['ratio']:.2f}x" if way == "unpacked" else "1" for size in speed]
+            rows.append(
+                f"| {precision}, {way} | {one['private_mb'][0]:.0f} MB | {one['shared_mb'][0]:.0f} MB "
+                f"| {one['proportional_mb']:.0f} MB | {' | '.join(shown)} |"
+            )
+    return "\n".join(
+        [
+            *rows, "",
+            f"{result['processes']} processes on one graph of {result['num_items']:,} items, whose lists are one "
+            "(`python benchmarks/process_memory.py`). Item tables are shared either way.",
+        ]
+    )  # fmt: skip
+
+
+def floor(entry: dict[str, Any]) -> str:
+    """Arithmetic, bytes and floor of one student's artefacts."""
+    result = entry["result"]
+    best = result["ceilings"]
+    rows = ["| | billion operations | MB | floor by | measured over floor |", "|---|---|---|---|---|"]
+    for name, by_batch in result["rows"].items():
+        for batch, one in by_batch.items():
+            operations = (one["fp32_operations"] + one["int8_operations"]) / 1e9
+            rows.append(
+                f"| {name}, {batch.replace('_', ' ')} | {operations:.3f} | {one['num_bytes'] / 1e6:.1f} "
+                f"| {one['bound']} | {one['measured_over_floor']:.2f} |"
+            )
+    note = (
+        f"At best this machine did {best['fp32_operations_s'] / 1e9:,.0f} billion operations a second in fp32, "
+        f"{best['int8_operations_s'] / 1e9:,.0f} in 8 bits, and read {best['read_bytes_s'] / 1e9:.0f} GB a second "
+        "(`python benchmarks/floor.py`)."
+    )
+    return "\n".join([*rows, "", note])
+
+
+def engines(entry: dict[str, Any]) -> str:
+    """Engines built without a GPU, and accuracy as placed."""
+    rows = [
+        "| precision | device | items | engine | built in | of the fp32 student's NDCG@10: validation | test |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in entry["result"]["rows"]:
+        kept = [row["kept"].get(split) for split in SPLITS]
+        shown = [f"{one[0]:.3f} ({one[1]:.3f} to {one[2]:.3f})" if one else "" for one in kept]
+        ranges = f", {row['ranges']}" if row["rounded"] and row["ranges"] else ""
+        rows.append(
+            f"| {row['precision']}{ranges} | {row['device']} | {row['num_items']:,} "
+            f"| {row['size_bytes'] / 1e6:.0f} MB | {row['build_s']:.1f} s | {' | '.join(shown)} |"
+        )
+    return "\n".join(rows)
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "demo": demo,
     "training_speed": training_speed,
@@ -244,28 +306,36 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "orthogonality": orthogonality,
     "serving_peers": serving_peers,
     "serving_ablation": serving_ablation,
+    "process_memory": process_memory,
+    "floor": floor,
+    "engines": engines,
 }
 RECORDED_AS = {"baselines": "baselines_ml_100k", "slmrec": "slmrec_ml_100k"}
 """Results whose file is not named as their table."""
 
 
 def main() -> int:
-    """Write or check every table that the README has a place for."""
-    path = ROOT / "README.md"
-    text = path.read_text(encoding="utf-8")
-    made = text
+    """Write or check every table, in the one page that has a place for it."""
+    pages = {path: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]}
+    made = dict(pages)
     for name, table in TABLES.items():
         entry = json.loads((RESULTS / f"{RECORDED_AS.get(name, name)}.json").read_text(encoding="utf-8"))
         body = f"<!-- {name} -->\n{table(entry)}\n<!-- /{name} -->"
-        made, places = re.subn(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, b=body: b, made, flags=re.DOTALL)
-        if places != 1:
-            print(f"README.md has {places} places for the table {name!r}")
+        found = 0
+        for path, text in made.items():
+            pattern = rf"<!-- {name} -->.*?<!-- /{name} -->"
+            made[path], places = re.subn(pattern, lambda _, b=body: b, text, flags=re.DOTALL)
+            found += places
+        if found != 1:
+            print(f"README.md and docs/ have {found} places for the table {name!r}")
             return 1
+    changed = [path for path, text in made.items() if text != pages[path]]
     if "--check" in sys.argv:
-        if made != text:
-            print("README.md differs from benchmarks/results: run python benchmarks/readme.py")
-        return int(made != text)
-    path.write_text(made, encoding="utf-8")
+        for path in changed:
+            print(f"{path.name} differs from benchmarks/results: run python benchmarks/readme.py")
+        return int(bool(changed))
+    for path in changed:
+        path.write_text(made[path], encoding="utf-8")
     return 0
 
 

@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from slmrec.errors import ArtifactError
+from slmrec.errors import ArtifactError, ConfigError
 from slmrec.locks import claimed
 
 MANIFEST = "manifest.json"
@@ -266,6 +266,20 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
+def _now() -> datetime:
+    """The time, or that of SOURCE_DATE_EPOCH, by which builds are repeated to the byte.
+
+    Raises:
+        ConfigError: the variable is no number of seconds.
+    """
+    fixed = os.environ.get("SOURCE_DATE_EPOCH")
+    if fixed is None:
+        return datetime.now(UTC)
+    if not fixed.isdecimal():
+        raise ConfigError(f"SOURCE_DATE_EPOCH={fixed!r} is no number of seconds", remedy="unset it, or date +%s")
+    return datetime.fromtimestamp(int(fixed), UTC)
+
+
 def _manifest(folder: Path, output: Path, stage: Stage) -> dict[str, Any]:
     files = {
         path.relative_to(folder).as_posix(): {"sha256": file_sha256(path), "size_bytes": path.stat().st_size}
@@ -280,7 +294,7 @@ def _manifest(folder: Path, output: Path, stage: Stage) -> dict[str, Any]:
         "key": stage.key,
         "files": files,
         "hash": canonical_hash({"kind": stage.kind, "files": {name: entry["sha256"] for name, entry in files.items()}}),
-        "created": datetime.now(UTC).isoformat(timespec="microseconds"),
+        "created": _now().isoformat(timespec="microseconds"),
         "platform": {"machine": platform.machine(), "system": sys.platform},
         "versions": library_versions(),
         "parents": {

@@ -55,6 +55,20 @@ def test_a_bundle_verifies_wherever_it_is_moved(copy):
     assert verified.num_files == len(files(copy))
 
 
+def test_two_bundles_of_one_run_are_the_same_to_the_byte(made, tmp_path, monkeypatch):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    data, contents = load_dataset(made.parent / "data"), []
+    for name in ("first", "second"):
+        made_again, _ = bundle(open_artifact(made.parent / "export"), data, made.parent / name)
+        assert made_again.manifest["created"].startswith("2023-11-14T22:13:20")
+        contents.append({path.relative_to(made_again.path): path.read_bytes() for path in files(made_again.path)})
+    assert contents[0] == contents[1]
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "yesterday")
+    with pytest.raises(ConfigError, match="SOURCE_DATE_EPOCH='yesterday'"):
+        bundle(open_artifact(made.parent / "export"), data, made.parent / "third")
+    assert not (made.parent / "third").exists()
+
+
 def test_a_bundle_holds_what_the_contract_names(made):
     names = {path.relative_to(made).as_posix() for path in files(made)}
     assert {"model.onnx", "model.onnx.data", "signature.json", "items.parquet", "golden.npz", "README.md"} <= names

@@ -1,5 +1,6 @@
 """What is handed out: a wheel with three packages, and a README whose figures were measured."""
 
+import re
 import subprocess
 import sys
 import zipfile
@@ -30,3 +31,16 @@ def test_the_readmes_tables_are_those_of_the_recorded_results():
     script = ROOT / "benchmarks" / "readme.py"
     result = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_the_reference_is_the_commands_own_help():
+    from slmrec.cli.reference import reference
+
+    assert (ROOT / "docs" / "cli.md").read_text() == reference(), "python -m slmrec.cli.reference > docs/cli.md"
+
+
+def test_links_between_the_pages_lead_somewhere():
+    pages = [ROOT / "README.md", *ROOT.glob("docs/*.md"), ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md"]
+    for page in pages:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
