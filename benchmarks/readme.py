@@ -305,6 +305,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "calibration_memory": calibration_memory,
     "orthogonality": orthogonality,
     "serving_peers": serving_peers,
+    "serving_peers_other": serving_peers,
     "serving_ablation": serving_ablation,
     "process_memory": process_memory,
     "floor": floor,
