@@ -10,6 +10,8 @@ from export.linear import Linears, Rounded
 from export.top_k import BLOCK, block_values, top_k, top_places
 from export.writer import MICROSOFT, GraphWriter, Value, ints
 
+SPARED = 25
+"""One block more is looked at for each so many; in large catalogues more items lie close behind the last of a list."""
 ONE, MINUS_INFINITY = ints(1), np.array(-np.inf, dtype=np.float32)
 
 
@@ -98,7 +100,7 @@ class _Bounds:
     def candidates(self, scores: Value, k: int) -> tuple[Value, Value, Value]:
         """Rows with the largest bounds in ascending order, their coarse scores, and the largest bound left out."""
         graph, num_blocks = self.head.graph, self.head.items.rows // BLOCK
-        number = min(num_blocks, 2 * k + 32)
+        number = min(num_blocks, 2 * k + 32 + min(3 * k, num_blocks // SPARED))
         blocks = graph.op("Reshape", scores, ints(0, num_blocks, BLOCK))
         largest = graph.op("ReduceMax", blocks, ints(2), keepdims=0)
         of_blocks = self._raised(largest, self.head.item("block_errors"), self.head.item("block_lengths"), None)
