@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from export.golden import save_golden
 from export.items import PROJECTION_FILE
 from export.parity import PARITY_FILE, ParityRule
 from export.runtime import DATA_FILES, SIGNATURE_FILE, TUNE_FILE, OnnxRecommender, read_signature
+from export.signing import SIGNED_FILE, SUMS_FILE, fingerprint, sign
 from export.triton import write_triton
 from slmrec.artifact import Artifact, Stage, file_sha256, is_up_to_date, open_artifact, publish, write_json
 from slmrec.catalogue import ITEMS_FILE, load_catalogue, require_same_catalogue
@@ -23,14 +25,15 @@ from slmrec.locks import one_run_at_a_time
 from slmrec.recommender import Histories
 from slmrec.sequences import test_cases
 
-SUMS_FILE, RULE_FILE, BENCHMARK_FILE = "SHA256SUMS", "rule.json", "benchmark.json"
+RULE_FILE, BENCHMARK_FILE = "rule.json", "benchmark.json"
 MAX_GOLDEN = 64
 
 
 @one_run_at_a_time
 def bundle(
-    graph: Artifact, data: Dataset, output: Path, *, report: Path | None = None, force: bool = False
-) -> tuple[Artifact, bool]:
+    graph: Artifact, data: Dataset, output: Path, *, report: Path | None = None, key: Path | None = None,
+    force: bool = False,
+) -> tuple[Artifact, bool]:  # fmt: skip
     """Put a graph, its contract, golden answers and measurements into one folder.
 
     Args:
@@ -38,10 +41,12 @@ def bundle(
         data: real histories for the golden requests; no user id is kept.
         output: the bundle.
         report: a benchmark's folder whose `benchmark.json` goes along.
+        key: private Ed25519 key to sign with, see `export.signing`.
         force: replace a bundle made of something else.
 
     Raises:
         DataError: the report holds no benchmark of this graph.
+        ConfigError: the key is none.
     """
     require_same_catalogue(
         load_catalogue(graph.path), data.items, model_name=str(graph.path), data_name=str(data.artifact.path)
@@ -57,10 +62,11 @@ def bundle(
                 f"{report} holds no measurement of {graph.path} as it is now",
                 remedy=f"slmcompress benchmark {graph.path} ..., or bundle without --report",
             )
-    stage = Stage(name="bundle", kind="bundle", settings={}, parents=parents)
+    settings = {} if key is None else {"signed_by": fingerprint(key)}
+    stage = Stage(name="bundle", kind="bundle", settings=settings, parents=parents)
     if is_up_to_date(output, stage, force=force):
         return open_artifact(output), True
-    with publish(output, stage, finish=write_sums) as folder:
+    with publish(output, stage, finish=partial(write_sums, key=key)) as folder:
         graphs = read_signature(graph.path)["graphs"]
         for name in (*graphs, *DATA_FILES, SIGNATURE_FILE, ITEMS_FILE, PROJECTION_FILE, PARITY_FILE, TUNE_FILE):
             if (graph.path / name).exists():
@@ -95,14 +101,17 @@ def write_golden(folder: Path, data: Dataset) -> Histories:
     return histories
 
 
-def write_sums(folder: Path) -> None:
-    """SHA256SUMS over every other file, the manifest included."""
+def write_sums(folder: Path, key: Path | None = None) -> None:
+    """SHA256SUMS over every other file, the manifest included; with a key also its signature."""
     (folder / SUMS_FILE).write_text(sums(folder), encoding="ascii")
+    if key is not None:
+        sign(folder, key)
 
 
 def sums(folder: Path) -> str:
     """What SHA256SUMS has to say of the folder as it is: sorted, one line a file, as sha256sum writes it."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / SUMS_FILE)
+    own = (folder / SUMS_FILE, folder / SIGNED_FILE)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path not in own)
     return "".join(f"{file_sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files)
 
 

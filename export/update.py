@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from export.bundle import BENCHMARK_FILE, MAX_GOLDEN, SUMS_FILE, write_sums
+from export.bundle import BENCHMARK_FILE, MAX_GOLDEN, write_sums
 from export.card import model_card
 from export.engine_files import ENGINE_FILE
 from export.golden import GOLDEN_FILE, save_golden, stored_golden
 from export.items import PROJECTION_FILE, ItemWeights, read_items, write_items
 from export.parity import PARITY_FILE, ParityRule, check_other_graphs, compare
 from export.runtime import ITEM_DATA, SIGNATURE_FILE, OnnxRecommender, read_signature
+from export.signing import SIGNED_FILE, SUMS_FILE
 from export.triton import write_triton
 from slmrec.artifact import MANIFEST, Artifact, Stage, file_sha256, is_up_to_date, open_artifact, publish, write_json
 from slmrec.catalogue import ITEMS_FILE, Catalogue, load_catalogue
@@ -25,7 +26,8 @@ from slmrec.ragged import Ragged
 from slmrec.recommender import Histories, TopK
 
 LEFT_BEHIND = {
-    ITEM_DATA, SIGNATURE_FILE, ITEMS_FILE, GOLDEN_FILE, BENCHMARK_FILE, PARITY_FILE, SUMS_FILE, ENGINE_FILE, MANIFEST,
+    ITEM_DATA, SIGNATURE_FILE, ITEMS_FILE, GOLDEN_FILE, BENCHMARK_FILE, PARITY_FILE, SUMS_FILE, SIGNED_FILE,
+    ENGINE_FILE, MANIFEST,
     "README.md",
 }  # fmt: skip
 """Files of a bundle that are made anew, or that were measured on the old catalogue."""

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from export.bundle import RULE_FILE, SUMS_FILE, sums
+from export.bundle import RULE_FILE, sums
 from export.engine_files import ENGINE_FOLDER
 from export.golden import stored_golden
 from export.parity import Parity, ParityRule, check_other_graphs, compare
 from export.runtime import DATA_FILES, GRAPH_FILE, OnnxRecommender
+from export.signing import SIGNED_FILE, SUMS_FILE, check_signature
 from slmrec.artifact import MANIFEST, library_versions, open_artifact
 from slmrec.errors import ArtifactError, CheckError
 from slmrec.recommender import TopK
@@ -46,11 +47,12 @@ class Verified:
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes), "verified"])
 
 
-def verify(path: Path) -> Verified:
+def verify(path: Path, *, key: Path | None = None) -> Verified:
     """Check files first, then load; the first thing that does not hold ends it.
 
-    Order: no link or special file; every byte by SHA256SUMS; the manifest's list; external data inside the bundle;
-    versions (differences are noted); golden requests by the recorded rule.
+    Order: with a public key, the signature (a bundle without one fails); no link or special file; every byte by
+    SHA256SUMS; the manifest's list; external data and file names inside the bundle; versions (differences are noted);
+    golden requests by the recorded rule.
 
     Raises:
         CheckError: the bundle is not what was made, or does not answer as it did.
@@ -59,10 +61,12 @@ def verify(path: Path) -> Verified:
     path = path.resolve()  # a link to a bundle, such as "current", is how bundles are deployed
     if not (path / SUMS_FILE).is_file():
         raise ArtifactError(f"{path} has no {SUMS_FILE}, so it is no bundle", remedy="slmcompress bundle")
+    if key is not None:
+        check_signature(path, key)
     _require_plain_files(path)
     num_files = _require_sums(path)
     artifact = open_artifact(path, "bundle")
-    listed = {MANIFEST, SUMS_FILE, *artifact.manifest["files"]}
+    listed = {MANIFEST, SUMS_FILE, SIGNED_FILE, *artifact.manifest["files"]}
     unlisted = [name for name in _names(path) if name not in listed]
     if unlisted:
         raise _failed(f"{unlisted[0]} is not listed in {MANIFEST}")
@@ -72,7 +76,9 @@ def verify(path: Path) -> Verified:
     made, here = artifact.manifest["versions"], library_versions()
     watched = ("onnxruntime", "numpy")
     notes = [f"{n} is {here.get(n)} here, {made.get(n)} there" for n in watched if here.get(n) != made.get(n)]
-    return Verified(path, num_files, _golden(path), notes)
+    if key is None and (path / SIGNED_FILE).exists():
+        notes.append("the signature was not checked (--key)")
+    return Verified(path, num_files + (path / SIGNED_FILE).exists(), _golden(path), notes)
 
 
 def _require_plain_files(path: Path) -> None:

@@ -219,3 +219,72 @@ def test_weights_outside_the_bundle_are_refused_wherever_a_graph_names_them(tmp_
     onnx.save(helper.make_model(graph), tmp_path / "model.onnx")
     with pytest.raises(CheckError, match="reads its weights from"):
         _require_data_inside(tmp_path / "model.onnx")
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory):
+    """Two pairs of keys as OpenSSL writes them: mine.pem, mine.pub.pem, other.pem, other.pub.pem."""
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+
+    folder = tmp_path_factory.mktemp("keys")
+    for name in ("mine", "other"):
+        key = Ed25519PrivateKey.generate()
+        private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        (folder / f"{name}.pem").write_bytes(private)
+        public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+        (folder / f"{name}.pub.pem").write_bytes(public)
+    return folder
+
+
+@pytest.fixture
+def signed(made, keys, tmp_path):
+    data = load_dataset(made.parent / "data")
+    artifact, _ = bundle(open_artifact(made.parent / "export"), data, tmp_path / "signed", key=keys / "mine.pem")
+    return artifact.path
+
+
+def test_a_signed_bundle_verifies_with_the_signers_key_alone(signed, keys):
+    assert verify(signed, key=keys / "mine.pub.pem").notes == []
+    assert verify(signed).notes == ["the signature was not checked (--key)"]
+    with pytest.raises(CheckError, match=r"was not signed by the owner of other\.pub\.pem"):
+        verify(signed, key=keys / "other.pub.pem")
+
+
+def test_an_unsigned_bundle_fails_where_a_signature_is_asked_for(copy, keys):
+    with pytest.raises(CheckError, match="is not signed"):
+        verify(copy, key=keys / "mine.pub.pem")
+
+
+@pytest.mark.parametrize("harm", ["file and sums", "signature", "signature of another bundle", "link"])
+def test_a_signed_bundle_that_was_changed_fails_before_anything_else_is_read(signed, made, keys, tmp_path, harm):
+    from export.bundle import write_sums
+
+    if harm == "file and sums":  # who can change a file can change its checksum
+        (signed / "README.md").write_text("other words")
+        write_sums(signed)
+    elif harm == "signature":
+        content = bytearray((signed / "SHA256SUMS.sig").read_bytes())
+        content[5] ^= 1
+        (signed / "SHA256SUMS.sig").write_bytes(content)
+    elif harm == "signature of another bundle":
+        write_sums(signed, keys / "other.pem")
+    else:
+        (signed / "SHA256SUMS.sig").rename(tmp_path / "elsewhere")
+        (signed / "SHA256SUMS.sig").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckError, match=r"was not signed by the owner|is not signed"):
+        verify(signed, key=keys / "mine.pub.pem")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("gone.pem", None), ("text.pem", b"no key"), ("public.pem", "mine.pub.pem")]
+)
+def test_keys_that_are_none_are_refused_and_nothing_is_written(made, keys, tmp_path, name, content):
+    if content is not None:
+        (tmp_path / name).write_bytes((keys / content).read_bytes() if isinstance(content, str) else content)
+    data = load_dataset(made.parent / "data")
+    with pytest.raises(ConfigError, match=r"cannot be read|is no private Ed25519 key"):
+        bundle(open_artifact(made.parent / "export"), data, tmp_path / "bundle", key=tmp_path / name)
+    assert not (tmp_path / "bundle").exists()
+    with pytest.raises(ConfigError, match="is no public Ed25519 key"):
+        verify(made, key=keys / "mine.pem")

@@ -70,13 +70,14 @@ def export(
 
 @click.command()
 @click.option("--report", type=click.Path(path_type=Path), help="Benchmark folder to go along  [default: RUNS/report]")
+@click.option("--sign", "key", type=click.Path(path_type=Path), help="Private Ed25519 key (PEM) to sign with.")
 @model_option
 @data_option
 @output_option("bundle")
 @common_options
 def bundle(
-    model: Path | None, data: Path | None, output: Path | None, report: Path | None, device: str, seed: int,
-    as_json: bool, force: bool,
+    model: Path | None, data: Path | None, output: Path | None, report: Path | None, key: Path | None, device: str,
+    seed: int, as_json: bool, force: bool,
 ) -> None:  # fmt: skip
     """Put a graph, its contract, golden answers and measurements into one folder to hand over."""
     graph = choose(model, "export", "slmcompress export", "graph", "engine")
@@ -86,7 +87,9 @@ def bundle(
     from slmrec.dataset import load_dataset
 
     report = report or _report_of(graph)
-    result = run(graph, load_dataset(dataset.path), resolve_output(output, "bundle"), report=report, force=force)
+    result = run(
+        graph, load_dataset(dataset.path), resolve_output(output, "bundle"), report=report, key=key, force=force
+    )
     print_result(made(*result), made_text(*result), as_json=as_json)
 
 
@@ -115,15 +118,16 @@ def update_items(
 
 @click.command()
 @click.argument("path", required=False, type=click.Path(path_type=Path))
+@click.option("--key", type=click.Path(path_type=Path), help="Public Ed25519 key (PEM): unsigned bundles fail.")
 @common_options
-def verify(path: Path | None, device: str, seed: int, as_json: bool, force: bool) -> None:
+def verify(path: Path | None, key: Path | None, device: str, seed: int, as_json: bool, force: bool) -> None:
     """Check a bundle on the machine that will serve it: every byte, then the golden answers."""
     if path is None:
         path = runs_folder() / "bundle"
         say(f"using {path}")
     from export.verify import verify as run
 
-    verified = run(path)
+    verified = run(path, key=key)
     print_result(verified.to_json(), verified.to_text(), as_json=as_json)
 
 
