@@ -333,7 +333,7 @@ def _engine(folder: Path, recipe: dict[str, Any]) -> Any:
         return "no driver"
     plan = folder / "model.plan"
     plan.write_bytes(build(trt, folder / "model.onnx", recipe)[0])
-    return EngineSession(plan, "tensorrt")
+    return EngineSession(plan, {"flavor": "tensorrt", "version_compatible": False})
 
 
 def training(sizes: Sizes, device: torch.device, _: Path | None) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Build a TensorRT engine from the ONNX graph beside this file; needs TensorRT's Python package and nothing else.
 
-    python build_engine.py                     # model.plan in this folder, for the GPU that is here
-    python build_engine.py --output DIR
+    python build_engine.py --output DIR        # DIR/model.plan, for the GPU that is here
+    python build_engine.py --output DIR --flavor rtx --compute-capability 8.9
 
 What is built stands in `recipe.json`: precision (placed in the graph), profiles, scratch memory, compatibility. What
 was asked for is read back from the parsed network, the build settings and, where a GPU is present, the engine itself.
@@ -74,18 +74,21 @@ def build(trt: Any, graph: Path, recipe: dict[str, Any], device: str | None = No
         profile.set_shape(name, *(tuple(shape) for shape in shapes))
     config.add_optimization_profile(profile)
     cache = _timing_cache(config, recipe.get("timing_cache"))
+    here = compute_capability()
     start = time.perf_counter()
     plan = builder.build_serialized_network(network, config)
     seconds = time.perf_counter() - start
     if plan is None:
         raise BuildError(f"the build failed: {logger.last}")
     if cache is not None:
-        cache.write_bytes(bytes(config.get_timing_cache().serialize()))
+        write(cache, bytes(config.get_timing_cache().serialize()))
     found = read_back(trt, network, config, profile, recipe)
     engine = bytes(plan)
     del parser  # weights lived in it until the build was done
     found |= _of_engine(trt, logger, engine, recipe)
     _require_what_was_asked(found, recipe, device)
+    built_for = device if device is not None else here if recipe_flavor(trt) == "tensorrt" else None
+    found["compute_capability"] = built_for
     return engine, found | {"build_s": round(seconds, 2), "size_bytes": len(engine), "version": trt.__version__}
 
 
@@ -149,7 +152,9 @@ def _settings(trt: Any, builder: Any, recipe: dict[str, Any], device: str | None
         return config
     name = "SM" + device.replace(".", "")
     if not hasattr(trt, "ComputeCapability"):
-        raise BuildError(f"this TensorRT builds for the GPU that is here alone, not for {device}")
+        if device == compute_capability():
+            return config
+        raise BuildError(f"TensorRT builds for the GPU that is here ({compute_capability()}), not for {device}")
     known = trt.ComputeCapability.__members__
     if name not in known:
         possible = ", ".join(one for one in known if one.startswith("SM"))
@@ -164,6 +169,8 @@ def _timing_cache(config: Any, path: str | None) -> Path | None:
     if path is None:
         return None
     file = Path(path)
+    if not file.parent.is_dir():
+        raise BuildError(f"{file.parent} is no folder for a timing cache")
     cache = config.create_timing_cache(file.read_bytes() if file.is_file() else b"")
     if not config.set_timing_cache(cache, ignore_mismatch=False):
         raise BuildError(f"{file} is a timing cache of another device or version; name another file")
@@ -172,23 +179,63 @@ def _timing_cache(config: Any, path: str | None) -> Path | None:
 
 def _of_engine(trt: Any, logger: Any, engine: bytes, recipe: dict[str, Any]) -> dict[str, Any]:
     """What the engine says of itself; nothing where there is no driver that could load it."""
-    loaded = trt.Runtime(logger.own).deserialize_cuda_engine(engine) if has_driver() else None
-    if loaded is None:
+    if not has_driver():
+        return {"engine": None}
+    runtime = trt.Runtime(logger.own)
+    runtime.engine_host_code_allowed = bool(recipe.get("version_compatible"))
+    loaded = runtime.deserialize_cuda_engine(engine)
+    if loaded is None:  # TensorRT-RTX may be newer than the driver; TensorRT has just used it
+        if recipe_flavor(trt) == "tensorrt":
+            raise BuildError(f"the engine does not load where it was built: {logger.last}")
         return {"engine": None}
     shapes = {name: [list(one) for one in loaded.get_tensor_profile_shape(name, 0)] for name in recipe["profile"]}
     level = loaded.hardware_compatibility_level.name.lower()
     return {"engine": {"profile": shapes, "hardware_compat": level, "num_layers": loaded.num_layers}}
 
 
-def has_driver() -> bool:
-    """Whether NVIDIA's driver is here."""
+def driver() -> Any:
+    """NVIDIA's driver library; None where there is none."""
     import ctypes
 
     try:
-        ctypes.CDLL("libcuda.so.1")
+        return ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return False
-    return True
+        return None
+
+
+def has_driver() -> bool:
+    """Whether NVIDIA's driver is here."""
+    return driver() is not None
+
+
+def compute_capability() -> str | None:
+    """Of the first GPU, such as "9.0"; None without one."""
+    import ctypes
+
+    cuda, device, value = driver(), ctypes.c_int(), ctypes.c_int()
+    if cuda is None or cuda.cuInit(0) != 0 or cuda.cuDeviceGet(ctypes.byref(device), 0) != 0:
+        return None
+    parts = []
+    for attribute in (75, 76):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+        if cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, device) != 0:
+            return None
+        parts.append(str(value.value))
+    return ".".join(parts)
+
+
+def recipe_flavor(trt: Any) -> str:
+    """Which flavour a module is."""
+    return "tensorrt" if trt.__name__ == "tensorrt" else "rtx"
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write beside the place and rename."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(content)
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _require_what_was_asked(found: dict[str, Any], recipe: dict[str, Any], device: str | None) -> None:
@@ -225,24 +272,33 @@ class _Logger:
 
 
 def main() -> int:
-    """Build what `recipe.json` says, for every device it names."""
+    """Build what `recipe.json` says, for one device."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--output", type=Path, required=True, help="a folder that exists, outside the bundle")
     parser.add_argument("--flavor", choices=list(MODULES), default="tensorrt")
+    parser.add_argument("--compute-capability", help="default: the GPU that is here; rtx: all it supports")
     arguments = parser.parse_args()
-    here = Path(__file__).parent
+    here = Path(__file__).resolve().parent
     recipe = json.loads((here / RECIPE).read_text(encoding="utf-8"))
     try:
-        engine, found = build(load(arguments.flavor), here / "model.onnx", recipe)
-    except BuildError as error:
+        _require_place(arguments.output, here)
+        trt = load(arguments.flavor)
+        engine, found = build(trt, here / "model.onnx", recipe, arguments.compute_capability)
+        target = arguments.output / f"model{SUFFIX[arguments.flavor]}"
+        write(target, engine)
+    except (BuildError, OSError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
-    target = arguments.output / f"model{SUFFIX[arguments.flavor]}"
-    partial = target.with_name(f".{target.name}.partial")
-    partial.write_bytes(engine)
-    partial.rename(target)
     print(json.dumps({"file": str(target), **found}, indent=2))
     return 0
+
+
+def _require_place(output: Path, here: Path) -> None:
+    """A bundle with another file does not verify any more."""
+    if not output.is_dir():
+        raise BuildError(f"{output} is no folder; make it first")
+    if output.resolve().is_relative_to(here.parent):
+        raise BuildError(f"{output} is inside what was handed over; try: --output with a folder beside it")
 
 
 if __name__ == "__main__":

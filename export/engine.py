@@ -144,8 +144,15 @@ def simulate(placed: Placed, reference: Recommender, data: Dataset, required: fl
     Raises:
         CheckError: it keeps less than `required` of it.
     """
-    graph = OnnxRecommender(placed.folder) if placed.recipe["precision"] != "bf16" else None
-    if graph is None or graph.max_top_k < GATE_LIST:  # ONNX Runtime has no bfloat16 products on CPUs
+    precision, graph = placed.recipe["precision"], None
+    if precision != "bf16":  # ONNX Runtime has no bfloat16 products on CPUs
+        graph = OnnxRecommender(placed.folder)
+    if graph is None or graph.max_top_k < GATE_LIST:
+        if precision in LEVELS:
+            raise ConfigError(
+                f"lists shorter than {GATE_LIST} cannot be judged by NDCG@10, and {precision} is not built unjudged",
+                remedy="--top-k 10 or more, or --precision fp16",
+            )
         return placed
     cases = validation_cases(data.sequences)
     before, after = (evaluate(one, cases, protocol=VALIDATION_PROTOCOL) for one in (reference, graph))
@@ -165,8 +172,9 @@ def build_all(placed: Placed, folder: Path, config: EngineConfig) -> dict[str, A
         ConfigError: a flavour that was asked for by name is not here, or cannot build for a device.
     """
     record: dict[str, Any] = {
-        "precision": placed.recipe["precision"], "settings": asdict(config), "engines": [], "missing": None,
-        "gate": placed.gate.to_json() if placed.gate is not None else None,
+        "precision": placed.recipe["precision"], "settings": asdict(config) | {"timing_cache": None}, "engines": [],
+        "missing": None, "gate": placed.gate.to_json() if placed.gate is not None else None,
+        "gate_text": placed.gate.to_text() if placed.gate is not None else "not judged",
     }  # fmt: skip
     builder = builder_for(config)
     if isinstance(builder, str):
@@ -184,7 +192,7 @@ def build_all(placed: Placed, folder: Path, config: EngineConfig) -> dict[str, A
             raise ConfigError(f"{flavor}: {error}", remedy="see slmcompress doctor; the ONNX export works") from None
         file = f"{name}{SUFFIX[flavor]}"
         (folder / file).write_bytes(engine)
-        record["engines"].append({"file": file, "flavor": flavor, "compute_capability": device, **found})
+        record["engines"].append({"file": file, "flavor": flavor, **found})
     write_json(folder / ENGINE_FILE, record)
     return record
 

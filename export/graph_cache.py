@@ -1,7 +1,8 @@
 """Optimised graphs kept for the next start, in the user's cache folder and never in an artefact.
 
 An entry belongs to one graph with its data, one ONNX Runtime version and one set of processor features. It is used only
-if it lies in a folder that no other user can write to and is what was written there; else it is made anew.
+if it lies in a folder that no other user can write to and every byte of it is what was written there; else it is made
+anew. Whatever goes wrong with the cache, the graph itself is loaded. For the CPU provider alone.
 """
 
 import contextlib
@@ -15,8 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from slmrec.artifact import MANIFEST
-from slmrec.machine import describe_machine
+from slmrec.artifact import MANIFEST, file_sha256
+from slmrec.errors import ArtifactError
+from slmrec.machine import cpu_flags
 
 ENTRY = "entry.json"
 GRAPH, DATA = "graph.onnx", "graph.onnx.data"
@@ -41,18 +43,14 @@ def cached_session(graph: Path, cache: Path, options: Callable[[], Any], load: L
         options: makes session options.
         load: makes a session; called on the copy or on the graph itself.
     """
-    key = _key(graph)
-    if key is None or not _is_private(cache):
-        return load(graph, options())
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-    entry = cache / name
-    if not _is_good(entry, key):
-        return _made(graph, entry, key, options, load)
-    import onnxruntime as ort
-
-    settings = options()
-    settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return load(entry / GRAPH, settings)
+    try:
+        key = _key(graph)
+        if key is not None and _is_private(cache):
+            entry = cache / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+            return _kept(entry, key, options, load) or _made(graph, entry, key, options, load)
+    except (OSError, ArtifactError):  # a disk that is full or cannot be written to, an entry that went meanwhile
+        pass
+    return load(graph, options())
 
 
 def _key(graph: Path) -> dict[str, Any] | None:
@@ -64,36 +62,48 @@ def _key(graph: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, json.JSONDecodeError, KeyError):
         return None
     used = {name: entry["sha256"] for name, entry in sorted(files.items()) if name.endswith(".onnx.data")}
-    return {
-        "graph": hashlib.sha256(graph.read_bytes()).hexdigest(), "data": used, "onnxruntime": ort.__version__,
-        "cpu_flags": describe_machine()["cpu_flags"],
-    }  # fmt: skip
+    return {"graph": file_sha256(graph), "data": used, "onnxruntime": ort.__version__, "cpu_flags": cpu_flags()}
 
 
 def _is_private(folder: Path) -> bool:
     """Whether the folder is ours and nobody else can write to it; made where it is missing."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir(mode=0o700)
-        found = folder.lstat()
-    except OSError:  # a disk that cannot be written to has no cache
-        return False
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
     return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
+
+
+def _kept(entry: Path, key: dict[str, Any], options: Callable[[], Any], load: Load) -> Any:
+    """A session of a good entry; None where there is none."""
+    import onnxruntime as ort
+
+    if not _is_good(entry, key):
+        return None
+    settings = options()
+    settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return load(entry / GRAPH, settings)
 
 
 def _is_good(entry: Path, key: dict[str, Any]) -> bool:
     try:
         noted = json.loads((entry / ENTRY).read_text(encoding="utf-8"))
-        sizes = {path.name: path.stat().st_size for path in entry.iterdir() if path.name != ENTRY}
-        graph = hashlib.sha256((entry / GRAPH).read_bytes()).hexdigest()
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
         return False
-    return bool(noted == {"key": key, "sizes": sizes, "graph": graph})
+    return bool(noted == {"key": key, "files": _hashes(entry)})
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    return {path.name: file_sha256(path) for path in sorted(folder.iterdir()) if path.name != ENTRY}
 
 
 def _made(graph: Path, entry: Path, key: dict[str, Any], options: Callable[[], Any], load: Load) -> Any:
-    """Optimise, keep the result beside its place and rename it; gives the session that was optimised."""
+    """Optimise, keep the result beside its place and rename it; gives the session that was optimised.
+
+    Nothing is kept of data files that are not what the manifest says: the entry would serve the good ones as well.
+    """
+    if any(file_sha256(graph.parent / name) != sha256 for name, sha256 in key["data"].items()):
+        return load(graph, options())
     partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=entry.parent))
     try:
         settings = options()
@@ -104,14 +114,9 @@ def _made(graph: Path, entry: Path, key: dict[str, Any], options: Callable[[], A
         ):
             settings.add_session_config_entry(f"session.{name}", value)
         session = load(graph, settings)
-        noted = {
-            "key": key,
-            "sizes": {path.name: path.stat().st_size for path in partial.iterdir()},
-            "graph": hashlib.sha256((partial / GRAPH).read_bytes()).hexdigest(),
-        }
-        (partial / ENTRY).write_text(json.dumps(noted), encoding="utf-8")
-        shutil.rmtree(entry, ignore_errors=True)
-        with contextlib.suppress(OSError):  # another process was first, whose copy is as good
+        (partial / ENTRY).write_text(json.dumps({"key": key, "files": _hashes(partial)}), encoding="utf-8")
+        if not _is_good(entry, key):  # else another process was first, and a third may be reading what it made
+            shutil.rmtree(entry, ignore_errors=True)
             partial.rename(entry)
         return session
     finally:

@@ -53,7 +53,7 @@ def open_session(graph: Path, provider: str, threads: int, cache: Path | None = 
             f"{provider} was asked for; this ONNX Runtime has {', '.join(ort.get_available_providers())}",
             remedy="--device cpu, or pip install 'slmcompress[gpu]' (see slmcompress doctor)",
         )
-    if cache is None:
+    if cache is None or provider != "CPUExecutionProvider":  # an optimised graph is one provider's
         session = _loaded(graph, session_options(threads), provider)
     else:
         session = cached_session(

@@ -99,7 +99,7 @@ class AppendingRecommender:
 
     def recommend(self, histories: Histories, k: int) -> TopK:
         """Rank the catalogue for each history, one user after the other."""
-        histories.check(self.num_items, newcomers=True)
+        histories.check(self.num_items, newcomers=self.full.num_interactions is not None)
         check_top_k(k, self.max_top_k)
         items = np.full((len(histories), k), PAD, dtype=np.int64)
         scores = np.full((len(histories), k), -np.inf, dtype=np.float32)

@@ -34,28 +34,34 @@ def write_triton(folder: Path, histories: Histories) -> None:
         shutil.copyfile(folder / name, version / name)
     plans = read_engines(folder)["engines"] if (folder / ENGINE_FILE).exists() else []
     plans = [one for one in plans if one["flavor"] == "tensorrt"]  # TensorRT-RTX engines are not for Triton
+    batches = [MAX_BATCH, *(plan["profile"]["item_ids"][2][0] for plan in plans)]
     if plans:
         version = _model(home / PLAN_MODEL, config(PLAN_MODEL, signature, warmup, plans), warmup)
         for plan in plans:
             shutil.copyfile(folder / plan["file"], version / plan["file"])
     shutil.copyfile(triton_client.__file__, home / "client.py")
-    padding = {"buckets": signature["buckets"], "exclude_step": EXCLUDE_STEP, "keep_history": signature["keep_history"]}
+    padding = _padding(signature, min(batches))
     (home / "padding.json").write_text(json.dumps(padding), encoding="ascii")
+
+
+def _padding(signature: dict[str, Any], max_batch: int) -> dict[str, Any]:
+    """What the client has to know."""
+    return {
+        "buckets": signature["buckets"], "exclude_step": EXCLUDE_STEP, "keep_history": signature["keep_history"],
+        "num_items": signature["num_items"], "max_batch": max_batch,
+    }  # fmt: skip
 
 
 def warmup_requests(histories: Histories, signature: dict[str, Any]) -> dict[str, dict[str, np.ndarray]]:
     """A request for each bucket that any history falls into: bucket -> inputs, one user, padded."""
     windows = histories.item_ids.newest(int(signature["max_history"]))
-    found = {}
+    padding, found = _padding(signature, 1), {}
     for bucket in signature["buckets"]:
         lengths = np.where(windows.lengths <= bucket, windows.lengths, 0)
         row = int(np.argmax(lengths))
         if lengths[row]:
-            padded = triton_client.padded(
-                [windows[row].tolist()], [histories.exclude_ids[row].tolist()], signature["buckets"], EXCLUDE_STEP,
-                keep_history=bool(signature["keep_history"]),
-            )  # fmt: skip
-            found[f"width_{bucket}"] = padded[0][1]
+            asked = triton_client.padded([windows[row].tolist()], [histories.exclude_ids[row].tolist()], padding)
+            found[f"width_{bucket}"] = asked[0][1]
     return found
 
 
@@ -76,7 +82,7 @@ def config(
     lines = [
         f'name: "{name}"',
         'platform: "tensorrt_plan"' if plans else 'backend: "onnxruntime"',
-        f"max_batch_size: {MAX_BATCH}",
+        f"max_batch_size: {min([MAX_BATCH, *(plan['profile']['item_ids'][2][0] for plan in plans)])}",
         *tensors,
         f"dynamic_batching {{ max_queue_delay_microseconds: {QUEUE_DELAY_US} }}",
         f"instance_group [ {{ kind: {place} count: 1 }} ]",

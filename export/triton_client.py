@@ -21,37 +21,53 @@ Padded = tuple[list[int], dict[str, np.ndarray]]
 
 
 def padded(
-    histories: Sequence[Sequence[int]], excluded: Sequence[Sequence[int]], buckets: Sequence[int], exclude_step: int,
-    *, keep_history: bool,
-) -> list[Padded]:  # fmt: skip
+    histories: Sequence[Sequence[int]], excluded: Sequence[Sequence[int]], padding: Mapping[str, Any]
+) -> list[Padded]:
     """Requests of equal shape, each with the users it is for.
 
     Args:
         histories: internal ids, oldest first, one row a user; the newest are kept where a row is too long.
         excluded: further ids that must not be recommended.
-        buckets: widths of `item_ids`, ascending.
-        exclude_step: widths of `exclude_ids` are multiples of this.
-        keep_history: whether items of the history may be recommended; else they are excluded, beyond the window too.
+        padding: `padding.json`: widths of `item_ids` (buckets, ascending), of what `exclude_ids`' are multiples,
+            whether items of the history may be recommended (else they are excluded, beyond the window too), the
+            number of items, and the users of a request at most.
+
+    Raises:
+        ValueError: a user without history, or ids that do not exist.
     """
     users: dict[tuple[int, int], list[int]] = {}
     gone = []
     for row, (history, others) in enumerate(zip(histories, excluded, strict=True)):
-        if not len(history):
-            raise ValueError(f"row {row} has no history; recommend it what is popular")
-        gone.append(sorted({*others, *(() if keep_history else history)}))
-        length = min(len(history), buckets[-1])
-        width = next(bucket for bucket in buckets if bucket >= length)
-        masked = max(exclude_step, -(-len(gone[-1]) // exclude_step) * exclude_step)
-        users.setdefault((width, masked), []).append(row)
+        _check(row, history, others, padding["num_items"])
+        gone.append(sorted({*others, *(() if padding["keep_history"] else history)}))
+        length = min(len(history), padding["buckets"][-1])
+        width = next(bucket for bucket in padding["buckets"] if bucket >= length)
+        step = padding["exclude_step"]
+        users.setdefault((width, max(step, -(-len(gone[-1]) // step) * step)), []).append(row)
     found = []
     for (width, masked), rows in users.items():
-        item_ids = np.zeros((len(rows), width), dtype=np.int64)
-        exclude_ids = np.zeros((len(rows), masked), dtype=np.int64)
-        for place, row in enumerate(rows):
-            newest = list(histories[row])[-width:]
-            item_ids[place, width - len(newest) :] = newest
-            exclude_ids[place, masked - len(gone[row]) :] = gone[row]
-        found.append((rows, {"item_ids": item_ids, "exclude_ids": exclude_ids}))
+        for start in range(0, len(rows), padding["max_batch"]):
+            part = rows[start : start + padding["max_batch"]]
+            inputs = {
+                "item_ids": _left_padded([list(histories[row])[-width:] for row in part], width),
+                "exclude_ids": _left_padded([gone[row] for row in part], masked),
+            }
+            found.append((part, inputs))
+    return found
+
+
+def _check(row: int, history: Sequence[int], others: Sequence[int], num_items: int) -> None:
+    if not len(history):
+        raise ValueError(f"row {row} has no history; recommend it what is popular")
+    unknown = [item for item in (*history, *others) if not 1 <= item <= num_items]
+    if unknown:
+        raise ValueError(f"row {row} has the id {unknown[0]}; items are 1 to {num_items}")
+
+
+def _left_padded(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:
+    found = np.zeros((len(rows), width), dtype=np.int64)
+    for place, row in enumerate(rows):
+        found[place, width - len(row) :] = row
     return found
 
 
@@ -62,19 +78,23 @@ def recommend(
     excluded: Sequence[Sequence[int]],
     padding: Mapping[str, Any],
 ) -> list[list[int]]:
-    """Internal ids of the best items of each user, best first."""
+    """Internal ids of the best items of each user, best first.
+
+    Raises:
+        ValueError: as `padded`, or NaN scores, which are no list.
+    """
     from tritonclient.http import InferenceServerClient, InferInput
 
     client = InferenceServerClient(url)
     lists: list[list[int]] = [[] for _ in histories]
-    for rows, arrays in padded(
-        histories, excluded, padding["buckets"], padding["exclude_step"], keep_history=padding["keep_history"]
-    ):
+    for rows, arrays in padded(histories, excluded, padding):
         inputs = [InferInput(name, list(array.shape), "INT64") for name, array in arrays.items()]
         for tensor, array in zip(inputs, arrays.values(), strict=True):
             tensor.set_data_from_numpy(array)
-        found = client.infer(model, inputs).as_numpy("top_items")
-        for row, items in zip(rows, found, strict=True):
+        answer = client.infer(model, inputs)
+        if np.isnan(answer.as_numpy("top_scores")).any():
+            raise ValueError("the model gave NaN scores")
+        for row, items in zip(rows, answer.as_numpy("top_items"), strict=True):
             lists[row] = [int(item) for item in items if item]
     return lists
 

@@ -1,6 +1,7 @@
 """verify: whether a bundle is what was made, and answers here as it did there."""
 
 import json
+import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from export.bundle import RULE_FILE, sums
-from export.engine_files import ENGINE_FOLDER
+from export.engine_files import ENGINE_FILE, ENGINE_FOLDER, read_engines
 from export.golden import stored_golden
 from export.parity import Parity, ParityRule, check_other_graphs, compare
 from export.runtime import DATA_FILES, GRAPH_FILE, OnnxRecommender
@@ -73,6 +74,10 @@ def verify(path: Path, *, key: Path | None = None) -> Verified:
     inner = (f"triton/*/*/{GRAPH_FILE}/{GRAPH_FILE}", f"{ENGINE_FOLDER}/*.onnx")
     for graph in [*sorted(path.glob("*.onnx")), *(found for place in inner for found in sorted(path.glob(place)))]:
         _require_data_inside(graph)
+    for text in sorted(path.glob("triton/*/config.pbtxt")):
+        _require_names_inside(text)
+    if (path / ENGINE_FILE).exists():
+        read_engines(path)
     made, here = artifact.manifest["versions"], library_versions()
     watched = ("onnxruntime", "numpy")
     notes = [f"{n} is {here.get(n)} here, {made.get(n)} there" for n in watched if here.get(n) != made.get(n)]
@@ -116,6 +121,17 @@ def _require_data_inside(graph: Path) -> None:
             locations = [entry.value for entry in tensor.external_data if entry.key == "location"]
             if len(locations) != 1 or locations[0] not in DATA_FILES:
                 raise _failed(f"{graph.name} reads its weights from {', '.join(map(repr, locations)) or 'nowhere'}")
+
+
+def _require_names_inside(text: Path) -> None:
+    """File names of a Triton configuration stand in its own folders."""
+    named = re.findall(
+        r'(?:default_model_filename|input_data_file)\s*:\s*"([^"]*)"|value\s*:\s*"([^"]*)"',
+        text.read_text(encoding="utf-8", errors="replace"),
+    )
+    for name in (first or second for first, second in named):
+        if re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.]*", name) is None:
+            raise _failed(f"{text.parent.name}/{text.name} names the file {name!r}")
 
 
 def _tensors(graph: Any) -> Iterator[Any]:

@@ -139,6 +139,7 @@ def publish(output: Path, stage: Stage, finish: Callable[[Path], None] | None = 
 
 
 def _published(output: Path, stage: Stage, finish: Callable[[Path], None] | None) -> Iterator[Path]:
+    _now()  # a date that cannot be is found before the work is done
     _restore_interrupted(output)
     if output.exists():
         _require_ours(output)

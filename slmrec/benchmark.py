@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -88,7 +88,8 @@ def run_benchmark(
         e.name: floors_of(e.recommender, timings[e.name], cases.histories, config, ceilings) if ceilings else None
         for e in entrants
     }
-    loads = {e.name: _load(e, cases.histories, config, say) for e in entrants}
+    k = min(config.top_k, *(recommender.max_top_k for recommender in recommenders.values()))
+    loads = {e.name: _load(e, cases.histories, replace(config, top_k=k), say) for e in entrants}
     measured = [
         _Measured(e, timings[e.name], accuracies[e.name], peaks[e.name], floors[e.name], loads[e.name])
         for e in entrants
@@ -207,7 +208,7 @@ def _judge(rows: Sequence[dict[str, Any]], constraints: Constraints) -> None:
     """Note in each row whether it is on the front of accuracy and latency, and whether it keeps to the constraints."""
     best = front(rows)
     for row in rows:
-        row["pareto"] = row["name"] in best
+        row["pareto"] = row["name"] in best if row["accuracy"] is not None else None
         row["satisfies_constraints"] = not constraints.broken_by(row) if constraints.any else None
 
 

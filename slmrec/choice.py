@@ -76,12 +76,15 @@ def parse_latency(texts: Sequence[str]) -> dict[str, float]:
     >>> parse_latency(["p50=5", "20"])
     {'p50': 5.0, 'p99': 20.0}
     """
-    found = {}
+    found: dict[str, float] = {}
     for text in texts:
         match = re.fullmatch(r"(?:(p\d+)=)?(\d+(?:\.\d+)?)", text)
         if match is None:
             raise ConfigError(f"max_latency_ms={text!r} is no bound", remedy="--max-latency-ms p99=20")
-        found[match[1] or "p99"] = float(match[2])
+        percentile = match[1] or "p99"
+        if percentile in found:
+            raise ConfigError(f"max_latency_ms bounds {percentile} twice", remedy=f"one bound for {percentile}")
+        found[percentile] = float(match[2])
     return found
 
 

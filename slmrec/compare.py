@@ -28,7 +28,7 @@ class Change:
     def to_text(self) -> str:
         """A line for people."""
         if self.new is None:
-            return f"REGRESSION  {self.name}: no longer measured"
+            return f"REGRESSION  {self.name}, {self.figure}: no longer measured"
         mark = "REGRESSION" if self.is_regression else "ok        "
         return f"{mark}  {self.name}, {self.figure}: {self.old:.4g} -> {self.new:.4g} (allowed {self.allowed:.4g})"
 
@@ -63,7 +63,9 @@ def compare_reports(old: Benchmark, new: Benchmark, tolerance: float) -> list[Ch
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any], tolerance: float) -> list[Change]:
     found = []
-    if old["accuracy"] is not None and new["accuracy"] is not None:
+    if old["accuracy"] is not None and new["accuracy"] is None:
+        found.append(Change(old["name"], "NDCG@10", old["accuracy"]["ndcg@10"], None, None, is_regression=True))
+    elif old["accuracy"] is not None:
         before, after = (row["accuracy"]["ndcg@10"] for row in (old, new))
         low = min(old["accuracy"]["intervals"]["ndcg@10"][0], before * (1 - tolerance))
         found.append(Change(old["name"], "NDCG@10", before, after, low, is_regression=not after >= low))

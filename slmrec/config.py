@@ -303,6 +303,18 @@ class BenchmarkConfig:
         require(self.rate is None or self.rate > 0, f"rate={self.rate} is not above 0", "--rate 100")
         if self.device_spec is not None:
             require_choice("device_spec", self.device_spec, ("a100", "h100"))
+        for percentile in self.constraints.max_latency_ms:
+            needed = round(100 / (100 - int(percentile[1:])))
+            require(
+                self.rounds >= needed,
+                f"{percentile} of {self.rounds} rounds says nothing",
+                f"--rounds {needed} or more, or a lower percentile",
+            )
+        require(
+            self.accuracy or self.constraints.min_ndcg is None,
+            "min_ndcg needs accuracy, which is not measured",
+            "--accuracy, or leave out --min-ndcg",
+        )
         price = self.gpu_hour_price
         require(price is None or price > 0, f"gpu_hour_price={price} is not above 0", "--gpu-hour-price 2.50")
         require(

@@ -102,6 +102,16 @@ def parse_shapes(text: str, flag: str) -> dict[str, tuple[int, ...]]:
     return found
 
 
+def _within(defaults: Shapes, asked: Mapping[str, Shapes]) -> dict[str, tuple[int, ...]]:
+    """Defaults moved into the range of what was asked for: who caps the largest batch need not say the usual one."""
+    found = {}
+    for name, shape in defaults.items():
+        low = asked["min"].get(name, (0, 0))
+        high = asked["max"].get(name, (LARGEST_INDEX, LARGEST_INDEX))
+        found[name] = tuple(min(max(size, least), most) for size, least, most in zip(shape, low, high, strict=True))
+    return found
+
+
 def profile_of(config: EngineConfig, defaults: Mapping[str, Shapes], rows: int) -> dict[str, list[list[int]]]:
     """Smallest, usual and largest shape of each input.
 
@@ -115,7 +125,7 @@ def profile_of(config: EngineConfig, defaults: Mapping[str, Shapes], rows: int) 
             than TensorRT can index.
     """
     asked = {kind: parse_shapes(getattr(config, f"{kind}_shapes") or "", kind) for kind in ("min", "opt", "max")}
-    chosen = {kind: {**defaults[kind], **asked[kind]} for kind in asked}
+    chosen = {kind: {**_within(defaults[kind], asked), **asked[kind]} for kind in asked}
     for kind, shapes in chosen.items():
         batches = {name: shape[0] for name, shape in shapes.items()}
         require(len(set(batches.values())) == 1, f"--{kind}-shapes has batches {batches}", "one batch for both inputs")

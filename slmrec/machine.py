@@ -19,10 +19,10 @@ INT8_FLAGS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8", "amx_bf1
 
 def describe_machine() -> dict[str, Any]:
     """Processor, cores, threads, memory, GPU where one is in use, load and library versions."""
-    cpuinfo, flags = _read(CPUINFO), _flags()
+    cpuinfo = _read(CPUINFO)
     return {
         "cpu": _first(r"^model name\s*:\s*(.*)$", cpuinfo) or platform.processor() or platform.machine(),
-        "cpu_flags": [flag for flag in INT8_FLAGS if flag in flags],
+        "cpu_flags": cpu_flags(),
         "physical_cores": psutil.cpu_count(logical=False),
         "logical_cores": psutil.cpu_count(),
         "usable_cores": usable_cores(),
@@ -44,6 +44,12 @@ def usable_cores() -> int:
         if limit != "max":
             cores = min(cores, max(1, int(limit) // int(period)))
     return cores
+
+
+def cpu_flags() -> list[str]:
+    """Features of the processor that decide how it computes, see `INT8_FLAGS`."""
+    flags = _flags()
+    return [flag for flag in INT8_FLAGS if flag in flags]
 
 
 def has_vnni() -> bool:

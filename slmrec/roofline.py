@@ -5,6 +5,7 @@ are those a request cannot avoid: every weight once, and the rows it looks up. C
 one can beat the floor of bytes.
 """
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -89,8 +90,8 @@ def measure_ceilings(threads: int) -> Ceilings:
     fp32_s, int8_s = (_best(call) for call in _products(threads))
     source = np.ones(READ_BYTES // 8, dtype=np.int64)
     target = np.empty_like(source)
-    parts = np.array_split(np.arange(len(source)), threads)
-    slices = [slice(int(part[0]), int(part[-1]) + 1) for part in parts]
+    ends = np.linspace(0, len(source), threads + 1).astype(int).tolist()
+    slices = [slice(*pair) for pair in itertools.pairwise(ends)]
     read_s = _best(lambda: _together([partial(np.bitwise_or.reduce, source[one]) for one in slices]))
     copy_s = _best(lambda: _together([partial(np.copyto, target[one], source[one]) for one in slices]))
     return Ceilings(

@@ -70,6 +70,13 @@ def test_an_artefact_that_is_gone_is_a_regression_and_a_new_one_is_not(report):
     assert regressions(fewer, report) == []
 
 
+def test_accuracy_that_is_no_longer_measured_is_a_regression(report):
+    new = copy.deepcopy(report)
+    new["rows"][1]["accuracy"] = None
+    assert regressions(report, new) == [(report["rows"][1]["name"], "NDCG@10")]
+    assert regressions(new, report) == []
+
+
 def test_reports_of_other_data_are_not_compared(report):
     with pytest.raises(DataError, match="different datasets"):
         compare_reports(report, report | {"dataset": {"hash": "0"}}, 0.01)
@@ -91,7 +98,10 @@ def test_the_command_ends_with_1_on_a_regression_alone(report, tmp_path):
     assert "REGRESSION  teacher, MB" in worse.stdout
     assert call(tmp_path / "old", tmp_path / "new.json", "--tolerance", 0.999).exit_code == 1
     assert json.loads(call(tmp_path / "new.json", tmp_path / "old", "--json").stdout)["regression"] is False
-    (tmp_path / "none.json").write_text("[]")
-    assert isinstance(call(tmp_path / "old", tmp_path / "none.json").exception, ArtifactError)
+    broken = copy.deepcopy(report)
+    del broken["rows"][0]["ratios"]["speedup_batch_1"]
+    for content in ([], {"rows": []}, broken):
+        (tmp_path / "none.json").write_text(json.dumps(content))
+        assert isinstance(call(tmp_path / "old", tmp_path / "none.json").exception, ArtifactError)
     assert isinstance(call(tmp_path / "old", tmp_path / "gone").exception, ArtifactError)
     assert isinstance(call(tmp_path / "old", tmp_path / "old", "--tolerance", 2).exception, ConfigError)

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 
 import numpy as np
 import onnx
@@ -18,6 +19,8 @@ from export import build_engine
 from export.build_engine import BuildError, build, load
 from export.bundle import bundle
 from export.engine import default_shapes, place, simulate
+from export.engine_files import read_engines
+from export.engine_runtime import TensorRTRecommender, fitting_engine
 from export.runtime import OnnxRecommender
 from export.verify import verify
 from slmrec.artifact import open_artifact
@@ -42,9 +45,7 @@ SHAPES = {
     "max": {"item_ids": (64, 10), "exclude_ids": (64, 64)},
 }
 NARROW = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}
-TENSORRT = "tensorrt" in {name.partition(".")[0] for name in sys.modules} or bool(
-    subprocess.run([sys.executable, "-c", "import tensorrt"], capture_output=True, check=False).returncode == 0
-)
+TENSORRT = find_spec("tensorrt") is not None
 
 
 @pytest.fixture(scope="module")
@@ -95,21 +96,13 @@ def test_narrow_precisions_stay_near_the_checkpoint_and_differ_from_it(placed_gr
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8", "fp8"])
 def test_norms_softmax_and_scores_are_fp32_at_every_precision(placed_graph, precision):
     _, placed = placed_graph(precision)
-    model = onnx.load(placed.folder / "model.onnx", load_external_data=False)
-    kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
-    for node in model.graph.node:
-        for output in node.output:
-            if node.op_type == "Cast":
-                kinds[output] = node.attribute[0].i
-            elif node.op_type in ("MatMul", "Concat", "Transpose", "Expand", "Reshape") and node.input:
-                kinds[output] = kinds.get(node.input[0], onnx.TensorProto.FLOAT)
-            elif node.op_type == "DequantizeLinear":
-                kinds[output] = onnx.TensorProto.FLOAT
-    for node in model.graph.node:
-        if node.op_type in ("Softmax", "ReduceMean", "Sqrt", "TopK", "Gemm"):
-            assert kinds.get(node.input[0], onnx.TensorProto.FLOAT) in (
-                onnx.TensorProto.FLOAT, onnx.TensorProto.INT64,
-            )  # fmt: skip
+    model = onnx.load(placed.folder / "model.onnx")
+    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True)
+    kinds = {value.name: value.type.tensor_type.elem_type for value in inferred.graph.value_info}
+    judged = [node for node in model.graph.node if node.op_type in ("Softmax", "ReduceMean", "Sqrt", "Gemm", "Sigmoid")]
+    assert {node.op_type for node in judged} == {"Softmax", "ReduceMean", "Sqrt", "Gemm", "Sigmoid"}
+    for node in judged:
+        assert kinds[node.input[0]] == onnx.TensorProto.FLOAT, node.name
     assert not any(node.domain for node in model.graph.node)
     assert not any(node.op_type == "IsNaN" for node in model.graph.node)
 
@@ -183,6 +176,11 @@ def test_the_script_of_a_bundle_builds_by_itself(placed_graph, tmp_path):
     found = subprocess.run([*script, "--flavor", "rtx"], check=False, **elsewhere)
     assert found.returncode == 0, found.stderr
     assert (tmp_path / "model.rtx").stat().st_size == json.loads(found.stdout)["size_bytes"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model.rtx"]
+    for folder, message in ((placed.folder, "is inside what was handed over"), (tmp_path / "gone", "is no folder")):
+        refused = [*script[:2], "--output", str(folder), "--flavor", "rtx"]
+        found = subprocess.run(refused, check=False, **elsewhere)
+        assert (found.returncode, message in found.stderr) == (2, True), found.stderr
     if not TENSORRT:
         missing = subprocess.run(script, check=False, **elsewhere)
         assert missing.returncode == 2
@@ -216,8 +214,16 @@ def test_settings_that_cannot_be_are_refused_before_anything_is_built(settings, 
     ("settings", "rows", "message"),
     [
         ({}, 2**26, r"a batch of 64 times 67108864 items are more scores than TensorRT can index"),
-        ({"max_shapes": "item_ids:4x10,exclude_ids:4x64"}, 128, "batch of item_ids: min 1, opt 8, max 4"),
-        ({"min_shapes": "item_ids:1x9,exclude_ids:1x0"}, 128, "width of item_ids: min 9, opt 8"),
+        (
+            {"max_shapes": "item_ids:4x10,exclude_ids:4x64", "opt_shapes": "item_ids:8x8,exclude_ids:8x32"},
+            128,
+            "batch of item_ids: min 1, opt 8, max 4",
+        ),
+        (
+            {"min_shapes": "item_ids:1x9,exclude_ids:1x0", "max_shapes": "item_ids:8x8,exclude_ids:8x8"},
+            128,
+            "width of item_ids: min 9, opt 8, max 8",
+        ),
         ({"opt_shapes": "item_ids:4x8"}, 128, "--opt-shapes has batches"),
         ({"min_shapes": "item_ids:0x1,exclude_ids:0x0"}, 128, "a batch of 0"),
         ({"min_shapes": "item_ids:1x0,exclude_ids:1x0"}, 128, "item_ids of width 0"),
@@ -239,6 +245,40 @@ def test_shapes_in_order_are_taken_as_spelled(pairs, excluded):
     assert profile["item_ids"] == [[batch, width] for batch, width in zip(batches, widths, strict=True)]
     assert [shape[1] for shape in profile["exclude_ids"]] == [excluded] * 3
     assert parse_shapes(spelled["min_shapes"], "")["exclude_ids"] == (batches[0], excluded)
+
+
+def test_a_cap_moves_the_defaults_that_nobody_asked_for():
+    capped = profile_of(EngineConfig(max_shapes="item_ids:4x6,exclude_ids:4x16"), SHAPES, 128)
+    assert capped == {"item_ids": [[1, 1], [4, 6], [4, 6]], "exclude_ids": [[1, 0], [4, 16], [4, 16]]}
+    least = profile_of(EngineConfig(min_shapes="item_ids:16x9,exclude_ids:16x0"), SHAPES, 128)
+    assert least["item_ids"] == [[16, 9], [16, 9], [64, 10]]
+
+
+def built(capability, hardware_compat="none"):
+    return {"file": "model.plan", "compute_capability": capability, "hardware_compat": hardware_compat}
+
+
+@pytest.mark.parametrize(
+    ("engines", "device", "chosen"),
+    [
+        ([built("8.0"), built("9.0")], "9.0", 1), ([built(None)], "12.0", 0), ([built("8.0", "ampere_plus")], "8.6", 0),
+        ([built("8.0")], "8.6", None), ([built("8.6", "ampere_plus")], "8.0", None), ([], "8.0", None),
+        ([built("8.0", "ampere_plus")], "10.0", 0),
+    ],
+)  # fmt: skip
+def test_the_engine_for_a_device_is_its_own_or_one_that_is_compatible(engines, device, chosen, tmp_path):
+    if chosen is None:
+        with pytest.raises(ArtifactError, match=r"holds no engine|this GPU is"):
+            fitting_engine(engines, device, tmp_path)
+    else:
+        assert fitting_engine(engines, device, tmp_path) is engines[chosen]
+
+
+@pytest.mark.parametrize("name", ["../evil.plan", "/model.plan", "model.onnx", "model_sm80.plan.bak", "model_smx.plan"])
+def test_an_engine_by_another_name_is_not_read(tmp_path, name):
+    (tmp_path / "engine.json").write_text(json.dumps({"engines": [built("8.0") | {"file": name}]}))
+    with pytest.raises(ArtifactError, match="names the engine"):
+        read_engines(tmp_path)
 
 
 def test_8_bit_engines_need_a_quantized_checkpoint(tiny_model, tmp_path):
@@ -288,7 +328,7 @@ def test_export_trt_as_typed_without_tensorrt_keeps_the_graph_and_says_how_to_bu
     )
     assert found.exception is None
     assert "no engine was built: tensorrt is not installed" in found.stdout
-    assert f"python {tmp_path / 'engine/engine/build_engine.py'}" in found.stdout
+    assert f"python {tmp_path / 'engine/engine/build_engine.py'} --output ." in found.stdout
     assert open_artifact(tmp_path / "engine").kind == "graph"
     assert not [*(tmp_path / "engine").glob("*.plan"), *(tmp_path / "engine").glob("*.rtx")]
     again = call(
@@ -394,17 +434,26 @@ def test_a_precision_that_costs_too_much_is_not_built(runs):
     assert simulate(replace(placed), TorchRecommender(model, "cpu"), data, 0.9).gate.passed
 
 
-def test_an_engine_without_cuda_is_refused_by_name(runs, tmp_path):
+@pytest.mark.skipif(find_spec("cuda") is not None, reason="CUDA bindings are here")
+def test_an_engine_without_cuda_bindings_says_what_is_missing(runs, tmp_path):
     made = call(
         runs, "export", "--trt", "-m", runs / "student", "-o", tmp_path / "engine", "--trt-flavor", "rtx",
         "--compute-capability", "8.0", "--precision", "fp16",
     )  # fmt: skip
     assert made.exception is None
-    from export.engine_runtime import TensorRTRecommender
+    with pytest.raises(ConfigError, match="CUDA bindings are not installed"):
+        TensorRTRecommender(tmp_path / "engine")
+    (tmp_path / "engine" / "SHA256SUMS").write_text("")
+    with pytest.raises(ConfigError, match="is a bundle, whose engines are code from elsewhere"):
+        TensorRTRecommender(tmp_path / "engine")
 
-    if not build_engine.has_driver():
-        with pytest.raises((ConfigError, ArtifactError)):
-            TensorRTRecommender(tmp_path / "engine")
+
+def test_8_bit_engines_of_short_lists_are_not_built_unjudged(runs, tmp_path):
+    flags = ["--trt-flavor", "rtx", "--compute-capability", "8.0", "--top-k", 7, "-o", tmp_path / "engine"]
+    found = call(runs, "export", "--trt", "-m", runs / "student-int8", *flags)
+    with pytest.raises(ConfigError, match="int8 is not built unjudged"):
+        raise found.exception
+    assert not (tmp_path / "engine").exists()
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The cache of optimised graphs: used when it is ours and whole, made anew when it is anything else."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,7 @@ def _other_version(entry):
 HARM = {
     "another graph": _other_graph,
     "another version's": _other_version,
+    "other data of the same size": lambda entry: (entry / DATA).write_bytes(bytes((entry / DATA).stat().st_size)),
     "data cut short": lambda entry: (entry / DATA).write_bytes(b"short"),
     "a further file": lambda entry: (entry / "more").write_bytes(b""),
     "nothing said of it": lambda entry: (entry / ENTRY).unlink(),
@@ -95,6 +97,34 @@ def test_a_foreign_entry_is_made_anew(made, tmp_path, harm):
     assert entries(cache) == [entry]
     assert {path.name for path in entry.iterdir()} == {ENTRY, GRAPH, DATA}
     assert ((entry / GRAPH).read_bytes(), (entry / DATA).read_bytes()) == good
+
+
+def test_a_damaged_graph_leaves_nothing_for_the_good_one(made, tmp_path):
+    cache, expected = tmp_path / "cache", answer(made, None)
+    damaged = Path(shutil.copytree(made, tmp_path / "damaged"))
+    data = damaged / "model.onnx.data"
+    data.write_bytes(bytes(data.stat().st_size))
+    OnnxRecommender(damaged, cache=cache)
+    assert entries(cache) == []
+    np.testing.assert_array_equal(answer(made, cache)[1], expected[1])
+
+
+def read_only(**_):
+    raise OSError(30, "read-only")
+
+
+def test_whatever_is_wrong_with_the_cache_the_graph_answers(made, tmp_path, monkeypatch):
+    expected = answer(made, None)
+    monkeypatch.setattr(
+        "export.graph_cache.tempfile.mkdtemp", lambda **_: (_ for _ in ()).throw(OSError(30, "read-only"))
+    )
+    np.testing.assert_array_equal(answer(made, tmp_path / "cache")[1], expected[1])
+    monkeypatch.undo()
+    answer(made, tmp_path / "cache")
+    [entry] = entries(tmp_path / "cache")
+    monkeypatch.setattr("export.graph_cache._is_good", lambda *_: True)
+    shutil.rmtree(entry)  # went between the look and the reading
+    np.testing.assert_array_equal(answer(made, tmp_path / "cache")[1], expected[1])
 
 
 @pytest.mark.parametrize("open_to", ["all", "a link", "a file"])

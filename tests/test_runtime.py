@@ -97,7 +97,7 @@ def test_where_popularity_is_not_known_users_without_history_are_refused(folder,
         OnnxRecommender(folder), AppendingRecommender(folder, StateStore(max_bytes=1000)),
         TorchRecommender(tiny_model(prompt="none"), "cpu"),
     ):  # fmt: skip
-        with pytest.raises(DataError, match=r"1 of [12] histories are empty, the first at row"):
+        with pytest.raises(DataError, match="1 of 2 histories are empty, the first at row 1"):
             recommender.recommend(nobody, 3)
 
 

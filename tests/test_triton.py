@@ -1,8 +1,11 @@
 """The Triton repository of a bundle, read by Triton's own definition of a configuration."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -11,15 +14,17 @@ from google.protobuf import text_format
 from hypothesis import given
 from hypothesis import strategies as st
 
-from export.bundle import bundle
+from export.bundle import bundle, write_sums
 from export.golden import stored_golden
 from export.onnx_export import export_checkpoint
 from export.runtime import OnnxRecommender
 from export.triton import config, warmup_requests
 from export.triton_client import padded
-from slmrec.artifact import Stage, open_artifact, publish
+from export.verify import verify
+from slmrec.artifact import Stage, canonical_hash, file_sha256, open_artifact, publish
 from slmrec.config import DataConfig, ExportConfig
 from slmrec.dataset import load_dataset
+from slmrec.errors import CheckError
 from slmrec.interactions import prepare_dataset
 from slmrec.models.checkpoint import save_checkpoint
 from slmrec.synthetic import write_log
@@ -89,26 +94,27 @@ def test_warm_up_requests_are_real_ones_of_every_bucket_and_run(made):
 def test_plans_are_named_by_compute_capability(made):
     signature = json.loads((made / "signature.json").read_text())
     plans = [
-        {"file": "model_sm80.plan", "compute_capability": "8.0"},
-        {"file": "model_sm90.plan", "compute_capability": "9.0"},
+        {"file": "model_sm80.plan", "compute_capability": "8.0", "profile": {"item_ids": [[1, 1], [8, 8], [64, 10]]}},
+        {"file": "model_sm90.plan", "compute_capability": "9.0", "profile": {"item_ids": [[1, 1], [8, 8], [32, 10]]}},
     ]
     histories, _ = stored_golden(made)
     found = parsed(config("recommend_trt", signature, warmup_requests(histories, signature), plans))
-    assert found.platform == "tensorrt_plan"
+    assert (found.platform, found.max_batch_size) == ("tensorrt_plan", 32)  # what every plan can take
     assert dict(found.cc_model_filenames) == {"8.0": "model_sm80.plan", "9.0": "model_sm90.plan"}
     assert found.optimization.cuda.graphs
     assert found.instance_group[0].kind == type(found.instance_group[0]).KIND_GPU
-    alone = parsed(config("recommend_trt", signature, {}, [{"file": "model.plan", "compute_capability": None}]))
+    alone = parsed(
+        config("recommend_trt", signature, {}, [plans[0] | {"file": "model.plan", "compute_capability": None}])
+    )
     assert (alone.default_model_filename, len(alone.cc_model_filenames)) == ("model.plan", 0)
 
 
 def test_the_client_pads_as_the_runtime_does(made):
     histories, golden = stored_golden(made)
     padding = json.loads((made / "triton/padding.json").read_text())
-    requests = padded(
-        [row.tolist() for row in histories.item_ids], [row.tolist() for row in histories.exclude_ids],
-        padding["buckets"], padding["exclude_step"], keep_history=padding["keep_history"],
-    )  # fmt: skip
+    assert (padding["max_batch"], padding["num_items"]) == (256, OnnxRecommender(made).num_items)
+    rows = ([row.tolist() for row in ids] for ids in (histories.item_ids, histories.exclude_ids))
+    requests = padded(*rows, padding | {"max_batch": 7})
     recommender = OnnxRecommender(made)
     asked = []
     for rows, arrays in requests:
@@ -126,7 +132,9 @@ def test_the_client_pads_as_the_runtime_does(made):
 def test_padded_requests_hold_every_user_once_at_his_own_width(histories, keep_history, data):
     excluded = [data.draw(st.lists(st.integers(1, 500), max_size=40)) for _ in histories]
     buckets, seen = [8, 16, 24, 50], []
-    for rows, arrays in padded(histories, excluded, buckets, 32, keep_history=keep_history):
+    padding = {"buckets": buckets, "exclude_step": 32, "keep_history": keep_history, "num_items": 500, "max_batch": 3}
+    for rows, arrays in padded(histories, excluded, padding):
+        assert len(rows) <= 3
         for place, row in enumerate(rows):
             newest = histories[row][-50:]
             own = arrays["item_ids"][place]
@@ -144,5 +152,27 @@ def test_the_client_is_a_script_of_its_own(made):
     found = subprocess.run(script, cwd=made / "triton", capture_output=True, text=True, check=True)
     assert "'torch'" not in found.stdout
     assert "'export'" not in found.stdout
+    padding = json.loads((made / "triton/padding.json").read_text())
     with pytest.raises(ValueError, match="row 0 has no history"):
-        padded([[]], [[]], [8], 32, keep_history=False)
+        padded([[]], [[]], padding)
+    for history, excluded in (([1, 41], []), ([1], [-1]), ([0], [])):
+        with pytest.raises(ValueError, match=r"row 0 has the id (41|-1|0); items are 1 to 40"):
+            padded([history], [excluded], padding)
+
+
+@pytest.mark.parametrize("name", ["../../secret", "/etc/passwd", "warmup/x", ""])
+def test_a_configuration_that_names_files_elsewhere_does_not_verify(made, tmp_path, name):
+    copy = Path(shutil.copytree(made, tmp_path / "copy"))
+    text = copy / "triton/recommend/config.pbtxt"
+    changed = re.sub(r'input_data_file: "[^"]*"', f'input_data_file: "{name}"', text.read_text(), count=1)
+    assert changed != text.read_text()
+    text.write_text(changed)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    relative = "triton/recommend/config.pbtxt"
+    manifest["files"][relative] = {"sha256": file_sha256(text), "size_bytes": text.stat().st_size}
+    hashes = {path: entry["sha256"] for path, entry in manifest["files"].items()}
+    manifest["hash"] = canonical_hash({"kind": "bundle", "files": hashes})
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    write_sums(copy)
+    with pytest.raises(CheckError, match=r"recommend/config\.pbtxt names the file"):
+        verify(copy)

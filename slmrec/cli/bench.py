@@ -179,7 +179,9 @@ def _read_report(path: Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ArtifactError(f"{file} is no benchmark: {error}", remedy="a folder of slmcompress benchmark") from None
-    if not isinstance(found, dict) or not {"rows", "baseline", "dataset"} <= found.keys():
+    fields = {"name", "accuracy", "ratios", "size_bytes"}
+    is_report = isinstance(found, dict) and {"rows", "baseline", "dataset", "schema"} <= found.keys()
+    if not is_report or not all(fields <= row.keys() and "speedup_batch_1" in row["ratios"] for row in found["rows"]):
         raise ArtifactError(f"{file} is no benchmark", remedy="a folder of slmcompress benchmark")
     return found
 

@@ -3,7 +3,6 @@
 import ctypes
 import importlib
 import importlib.util
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -106,9 +105,10 @@ def _gpu() -> Finding:
 
 def _driver() -> Finding:
     """NVIDIA's driver, and the newest CUDA it runs."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
+    from export.build_engine import driver as load_driver
+
+    driver = load_driver()
+    if driver is None:
         return Finding("NVIDIA driver", "none (needed for CUDA and to run engines)", ok=True)
     version = ctypes.c_int()
     if driver.cuDriverGetVersion(ctypes.byref(version)) != 0:
@@ -178,13 +178,13 @@ def _installed(distribution: str) -> str | None:
 
 
 def _processor() -> Finding:
-    from slmrec.machine import has_vnni
+    from slmrec.machine import has_vnni, usable_cores
     from slmrec.train import computes_bfloat16
 
     torch = importlib.import_module("torch")
     bf16 = computes_bfloat16(torch.device("cpu"))
     training = "bfloat16" if bf16 else "fp32 (no bfloat16 in hardware)"
-    text = f"{len(os.sched_getaffinity(0))} cores; trains in {training}; 8-bit VNNI {'yes' if has_vnni() else 'no'}"
+    text = f"{usable_cores()} cores; trains in {training}; 8-bit VNNI {'yes' if has_vnni() else 'no'}"
     return Finding("processor", text, ok=True)
 
 

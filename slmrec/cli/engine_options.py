@@ -1,6 +1,7 @@
 """Flags of `export --trt`, in trtexec's spelling where it has one."""
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import click
@@ -8,7 +9,6 @@ import click
 from slmrec.engine_config import FLAVORS, HARDWARE, PRECISIONS, RANGES, EngineConfig
 from slmrec.errors import ConfigError
 
-NAMES = {"trt_flavor": "flavor", "hardware_compat": "hardware_compat"}
 OPTIONS = (
     click.option("--trt", is_flag=True, help="A TensorRT engine beside the graph; the flags below are for it."),
     click.option("--precision", type=click.Choice(PRECISIONS), help="[default: int8 after quantize, else fp16]"),
@@ -41,7 +41,7 @@ def engine_config(flags: dict[str, Any], *, wanted: bool) -> EngineConfig | None
     Raises:
         ConfigError: flags of the engine without --trt.
     """
-    names = [option.name for option in _parameters() if option.name != "trt"]
+    names = [*(field.name for field in fields(EngineConfig) if field.name != "flavor"), "trt_flavor"]
     given = {name: flags.pop(name) for name in names}
     given = {name: value for name, value in given.items() if value is not None}
     if not wanted:
@@ -51,8 +51,6 @@ def engine_config(flags: dict[str, Any], *, wanted: bool) -> EngineConfig | None
         return None
     if "compute_capability" in given:
         given["compute_capability"] = tuple(part.strip() for part in given["compute_capability"].split(","))
-    return EngineConfig(**{NAMES.get(name, name): value for name, value in given.items()})
-
-
-def _parameters() -> list[click.Parameter]:
-    return list(engine_options(click.command()(lambda: None)).params)  # type: ignore[attr-defined]
+    if "trt_flavor" in given:
+        given["flavor"] = given.pop("trt_flavor")
+    return EngineConfig(**given)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from slmrec.artifact import Artifact, Stage, open_artifact, publish, work_folder, write_json
-from slmrec.catalogue import Catalogue, load_catalogue
+from slmrec.catalogue import ITEMS_FILE, Catalogue, load_catalogue
 from slmrec.config import RecipeConfig, SasrecConfig, TrainConfig, WindowConfig
 from slmrec.errors import ArtifactError
 from slmrec.models.decoder import DecoderModel, DecoderSpec
@@ -92,7 +92,8 @@ def require_decoder(model: Sasrec | DecoderModel, artifact: Artifact) -> Decoder
 
 def load_checkpoint(artifact: Artifact, device: str = "auto") -> TorchRecommender:
     """The model of a checkpoint artefact as a recommender."""
-    known = load_catalogue(artifact.path).num_interactions
+    has_items = (artifact.path / ITEMS_FILE).is_file()
+    known = load_catalogue(artifact.path).num_interactions if has_items else None
     counts = None if known is None else np.array(known, dtype=np.int64)
     return TorchRecommender(load_model(artifact), device, num_interactions=counts)
 
