@@ -1,0 +1,92 @@
+"""slmcompress serve."""
+
+import asyncio
+import logging
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import click
+
+from slmrec.cli.options import common_options, runs_folder, say
+from slmrec.errors import ConfigError
+
+TOKEN_VARIABLE = "SLMCOMPRESS_TOKEN"
+
+
+@click.command()
+@click.argument("path", metavar="BUNDLE", required=False, type=click.Path(path_type=Path))
+@click.option("--host", default="127.0.0.1", show_default=True, help="Loopback unless told otherwise: no encryption.")
+@click.option("--port", type=int, default=8000, show_default=True, help="0 chooses a free one.")
+@click.option("--max-batch", type=int, default=64, show_default=True, help="Users computed together.")
+@click.option("--max-queue", type=int, default=1024, show_default=True, help="Users that may wait; then 429.")
+@click.option("--timeout-s", type=float, default=5.0, show_default=True, help="Longest wait for an answer; then 504.")
+@click.option("--max-body-bytes", type=int, default=4 * 2**20, show_default=True, help="Longest request; then 413.")
+@click.option("--watch-s", type=float, default=0.0, show_default=True, help="Look for another bundle; or SIGHUP.")
+@click.option("--key", type=click.Path(path_type=Path), help="Public Ed25519 key that bundles must be signed with.")
+@click.option("--token-file", type=click.Path(path_type=Path), help=f"Bearer token  [default: ${TOKEN_VARIABLE}]")
+@common_options
+def serve(
+    path: Path | None, key: Path | None, token_file: Path | None, device: str, seed: int, as_json: bool, force: bool,
+    **settings: Any,
+) -> None:  # fmt: skip
+    """Serve a BUNDLE over HTTP: Open Inference Protocol v2, and POST /recommend with external ids.
+
+    The bundle is verified first. SIGHUP (or --watch-s) takes over another bundle at the same path, such as a link that
+    now leads elsewhere; if it does not verify, the old one goes on. SIGTERM answers what was accepted and ends.
+    """
+    try:
+        import uvicorn
+
+        from export.server import Server, create_app
+    except ImportError as error:
+        raise ConfigError(f"serving needs {error.name}", remedy="pip install 'slmcompress[serve]'") from None
+    from slmrec.serve_config import ServeConfig
+
+    config = ServeConfig(**settings)
+    if path is None:
+        path = runs_folder() / "bundle"
+        say(f"using {path}")
+    server = Server(path, config, key=key, token=_token(token_file))
+    server.now = server.load()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    web = uvicorn.Server(
+        uvicorn.Config(
+            create_app(server), host=config.host, port=config.port, log_level="warning", access_log=False,
+            timeout_graceful_shutdown=max(1, round(2 * config.timeout_s)),
+        )
+    )  # fmt: skip
+    say(f"serving {server.now.path} on http://{config.host}:{config.port}")
+    asyncio.run(_run(web, server))
+
+
+async def _run(web: Any, server: Any) -> None:
+    """Until SIGTERM or Ctrl-C; then what was accepted is answered."""
+    swaps: set[asyncio.Task[bool]] = set()
+
+    def swap() -> None:
+        task = asyncio.get_running_loop().create_task(server.swap())
+        swaps.add(task)
+        task.add_done_callback(swaps.discard)
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, swap)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again when it is done, which is then the end
+    watching = asyncio.create_task(server.watch()) if server.config.watch_s else None
+    await web.serve()
+    if watching is not None:
+        watching.cancel()
+    await server.now.batcher.drain()
+
+
+def _token(file: Path | None) -> bytes | None:
+    """The token of the file or of the environment; never of the command line, which others can read."""
+    if file is not None:
+        try:
+            token = file.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{file} cannot be read: {error}", remedy="a file with one line") from None
+        if not token:
+            raise ConfigError(f"{file} is empty", remedy="a file with one line")
+        return token.encode()
+    return os.environ[TOKEN_VARIABLE].encode() if os.environ.get(TOKEN_VARIABLE) else None

@@ -1,0 +1,37 @@
+"""Settings of `slmcompress serve`."""
+
+from dataclasses import dataclass
+
+from slmrec.checks import require, require_least
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """What a server takes on, and what it refuses."""
+
+    host: str = "127.0.0.1"
+    """Loopback unless told otherwise: there is no encryption here."""
+    port: int = 8000
+    max_batch: int = 64
+    """Users that are computed together at most; those that wait meanwhile are the next batch."""
+    max_queue: int = 1024
+    """Users that may wait; further requests are answered 429 at once."""
+    timeout_s: float = 5.0
+    """Longest wait for an answer; then 504, and the request is not computed if it has not begun."""
+    max_body_bytes: int = 4 * 2**20
+    """Of a request; compressed bodies are refused, so nothing grows when it is read."""
+    max_ids: int = 10_000
+    """Of a history or of exclusions of one user."""
+    watch_s: float = 0.0
+    """Seconds between looks at the bundle's folder for another bundle; 0 = SIGHUP alone."""
+
+    def __post_init__(self) -> None:
+        require_least(self, max_batch=1, max_queue=1, max_body_bytes=1024, max_ids=1)
+        require(0 <= self.port <= 65535, f"port={self.port}", "--port 8000")
+        require(self.timeout_s > 0, f"timeout_s={self.timeout_s} is not above 0", "--timeout-s 5")
+        require(self.watch_s >= 0, f"watch_s={self.watch_s} is below 0", "--watch-s 2")
+        require(
+            self.max_queue >= self.max_batch,
+            f"max_queue={self.max_queue} holds less than a batch of {self.max_batch}",
+            "--max-queue 1024",
+        )
