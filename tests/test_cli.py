@@ -27,7 +27,8 @@ def test_help_loads_nothing_heavy():
 @pytest.mark.parametrize(
     "command",
     ["demo", "doctor", "data", "train-items", "train-teacher", "import-teacher", "distill", "prune", "quantize",
-     "sensitivity", "importance", "export", "evaluate", "benchmark", "compare", "bundle", "verify", "recommend", "serve"],
+     "sensitivity", "importance", "export", "evaluate", "benchmark", "compare", "bundle", "verify", "recommend",
+     "serve"],
 )  # fmt: skip
 def test_every_command_of_the_contract_has_help(command):
     result = slmcompress(command, "--help")
