@@ -200,15 +200,17 @@ def serving_peers(entry: dict[str, Any]) -> str:
     """The graphs against what else serves the same student."""
     result = entry["result"]
     sizes = list(result["ratios"])
-    rows = [
-        f"| | faster than eager, {sizes[0]} (10th to 90th percentile of rounds) | {sizes[1]} | first ten in common |",
-        "|---|---|---|---|",
-    ]
+    spread = "(10th to 90th percentile of rounds)"
+    rows = [f"| | faster than eager, {sizes[0]} {spread} |", "|---|---|"]
+    if len(sizes) > 1:
+        rows = [f"| | faster than eager, {sizes[0]} {spread} | {sizes[1]} | first ten in common |", "|---|---|---|---|"]
     for name in result["ratios"][sizes[0]]:
         cells = [result["ratios"][size][name] for size in sizes]
         shown = " | ".join(f"{one['ratio']:.2f}x ({one['p10']:.2f} to {one['p90']:.2f})" for one in cells)
         same = "" if name.startswith("teacher") else f"{result['overlap@10'][name]:.3f}"
-        rows.append(f"| {name} | {shown} | {same} |")
+        rows.append(f"| {name} | {shown} | {same} |" if len(sizes) > 1 else f"| {name} | {shown} |")
+    if "mean_length" in result:
+        rows += ["", f"Histories of {result['mean_length']:.1f} items on average."]
     return "\n".join(rows)
 
 
@@ -306,6 +308,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "orthogonality": orthogonality,
     "serving_peers": serving_peers,
     "serving_peers_other": serving_peers,
+    "serving_peers_lengths": serving_peers,
     "serving_ablation": serving_ablation,
     "process_memory": process_memory,
     "floor": floor,

@@ -3,6 +3,7 @@
     python benchmarks/serving_speed.py peers
     python benchmarks/serving_speed.py ablation
     python benchmarks/serving_speed.py append
+    python benchmarks/serving_speed.py peers --lengths FOLDER/sequences.txt      # real lengths, batch 1
 
 The first layers of SmolLM2 with the paper's prompt, a full window of 30 items, a catalogue of Beauty's size (12,101
 items of 64 dimensions; random vectors), two threads; `append` is a new item after 50, against all 51 at once.
@@ -84,6 +85,14 @@ def graph_folder(model: DecoderModel, folder: Path, **settings: bool) -> Path:
     return folder
 
 
+def real_lengths(sequences: Path, count: int = 64) -> np.ndarray:
+    """Lengths of test histories (`user item item ...` lines without their last), drawn at random, the window at most."""
+    lines = sequences.read_text(encoding="utf-8").splitlines()
+    lengths = np.array([len(line.split()) - 2 for line in lines])
+    drawn = np.random.default_rng(0).choice(lengths[lengths >= 1], count)
+    return np.minimum(drawn, WINDOW)
+
+
 def write_requests(folder: Path, batch_sizes: list[int], window: int = WINDOW, batches: int = 32) -> dict[str, Path]:
     """Random full windows."""
     generator, paths = np.random.default_rng(0), {}
@@ -147,11 +156,18 @@ def append(runs: Path) -> dict[str, Contestant]:
     return found
 
 
-def measure(what: str, runs: Path, rounds: int) -> dict[str, Any]:
+def measure(what: str, runs: Path, rounds: int, lengths: np.ndarray | None) -> dict[str, Any]:
     """Start everyone, let them run, and compare."""
-    sizes = {"peers": [1, 32], "ablation": [1, 8], "append": [1]}[what]
-    requests = write_requests(runs, sizes, *((51, 1) if what == "append" else ()))
+    sizes = {"peers": [1, 32], "ablation": [1, 8], "append": [1]}[what] if lengths is None else [1]
+    if lengths is None:
+        requests = write_requests(runs, sizes, *((51, 1) if what == "append" else ()))
+    else:
+        requests = write_requests(runs, sizes, batches=len(lengths))
+        with np.load(requests["batch 1"]) as stored:
+            np.savez(requests["batch 1"], item_ids=stored["item_ids"], lengths=lengths)
     contestants = {"peers": peers, "ablation": ablation, "append": append}[what](runs)
+    if lengths is not None:  # it compiles anew for every length
+        contestants.pop("torch.compile").close()
     baseline = {"peers": "eager", "ablation": "none", "append": "whole history, fp32"}[what]
     medians = contest(contestants, requests, rounds)
     lists = {name: one.lists(requests[f"batch {sizes[-1]}"]) for name, one in contestants.items()}
@@ -178,10 +194,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["peers", "ablation", "append"])
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--lengths", type=Path, help="sequences.txt whose lengths histories have; for peers")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        result = measure(arguments.what, Path(folder), arguments.rounds)
-    record(f"serving_{arguments.what}", result)
+        lengths = real_lengths(arguments.lengths) if arguments.lengths else None
+        result = measure(arguments.what, Path(folder), arguments.rounds, lengths)
+    if lengths is not None:
+        result["mean_length"] = float(lengths.mean())
+    record(f"serving_{arguments.what}{'_lengths' if lengths is not None else ''}", result)
     print(json.dumps(result, indent=2))
 
 
