@@ -86,7 +86,7 @@ def graph_folder(model: DecoderModel, folder: Path, **settings: bool) -> Path:
 
 
 def real_lengths(sequences: Path, count: int = 64) -> np.ndarray:
-    """Lengths of test histories (`user item item ...` lines without their last), drawn at random, the window at most."""
+    """Lengths of test histories (`user item item ...` lines, the last left out), drawn at random, cut to the window."""
     lines = sequences.read_text(encoding="utf-8").splitlines()
     lengths = np.array([len(line.split()) - 2 for line in lines])
     drawn = np.random.default_rng(0).choice(lengths[lengths >= 1], count)
