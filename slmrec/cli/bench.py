@@ -173,6 +173,21 @@ def compare(old: Path, new: Path, tolerance: float, as_json: bool, force: bool, 
         raise SystemExit(1)
 
 
+@click.command()
+@click.argument("old", type=click.Path(path_type=Path))
+@click.argument("new", type=click.Path(path_type=Path))
+@common_options
+def diff(old: Path, new: Path, as_json: bool, force: bool, device: str, seed: int) -> None:
+    """Say what two artefacts (bundles, graphs, checkpoints, ...) differ in: settings, inputs, versions, files."""
+    from slmrec.artifact import open_artifact
+    from slmrec.differences import differences
+
+    found = differences(open_artifact(old), open_artifact(new))
+    result = {"equal": not found, "differences": [vars(one) for one in found]}
+    text = "\n".join(one.to_text() for one in found) or "no difference but dates and places"
+    print_result(result, text, as_json=as_json)
+
+
 def _read_report(path: Path) -> dict[str, Any]:
     file = path / "benchmark.json" if path.is_dir() else path
     try:

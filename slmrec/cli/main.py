@@ -56,7 +56,7 @@ for command in (
     demo.demo, doctor.doctor, data.data, train.train_items, train.train_teacher, importing.import_teacher,
     distilling.distill, shrinking.importance, shrinking.prune, shrinking.sensitivity, shrinking.quantize,
     artifacts.export, artifacts.bundle, artifacts.update_items, artifacts.verify,
-    artifacts.recommend, bench.evaluate, bench.benchmark, bench.compare, serving.serve,
+    artifacts.recommend, bench.evaluate, bench.benchmark, bench.compare, bench.diff, serving.serve,
 ):  # fmt: skip
     main.add_command(command)
 
