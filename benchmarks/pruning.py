@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from cells import cell
+from graphs import as_graph
 from orthogonality import ranked
 from recording import record
 from slmrec_table import recipes
@@ -32,20 +33,15 @@ from slmrec.models.decoder import DecoderModel
 from slmrec.sequences import Cases, validation_cases
 
 CRITERIA = ("damage", "likelihood", "pair", "angular")
-USERS_AT_ONCE = 128
 
 
-@torch.inference_mode()
 def cross_entropy(model: DecoderModel, cases: Cases) -> float:
-    """Mean cross-entropy of the cases' next items over the whole catalogue."""
-    windows, losses = cases.histories.item_ids.newest(model.max_history), []
-    for length in np.unique(windows.lengths):
-        group = np.flatnonzero(windows.lengths == length)
-        for rows in np.array_split(group, -(-len(group) // USERS_AT_ONCE)):
-            scores = model.score(torch.from_numpy(windows.select(rows).pad_left(int(length))))
-            targets = torch.from_numpy(cases.targets[rows] - 1)
-            losses.append(torch.nn.functional.cross_entropy(scores, targets, reduction="none"))
-    return float(torch.cat(losses).double().mean())
+    """Mean cross-entropy of the cases' next items over the whole catalogue, by the model's graph."""
+    with as_graph(model) as graph:
+        users = torch.from_numpy(graph.user_vectors(cases.histories))
+    with torch.inference_mode():
+        scores = users @ model.item_outputs().T
+        return float(torch.nn.functional.cross_entropy(scores.double(), torch.from_numpy(cases.targets - 1)))
 
 
 def least_surprised(teacher: Artifact, data: Dataset, count: int, seed: int) -> tuple[int, ...]:

@@ -100,7 +100,7 @@ def place(
     weights = serving_weights(model, fold_items=config.fold_items, spare_items=config.spare_items, ranges=ranges)
     precision = precision_for(weights, engine)
     plain = replace(config, fuse_kernels=False, tune=False, int8_items=False)
-    profile = profile_of(engine, shapes, weights.items.rows)
+    profile = profile_of(engine, shapes, weights.items.rows, weights.layout.max_history)
     serving = Serving(weights, plain, {}, precision)
     graph = recommend_graph(serving)
     target = folder / ENGINE_FOLDER
@@ -189,7 +189,10 @@ def build_all(placed: Placed, folder: Path, config: EngineConfig) -> dict[str, A
         try:
             engine, found = build(trt, placed.folder / GRAPH_FILE, recipe, device)
         except BuildError as error:
-            raise ConfigError(f"{flavor}: {error}", remedy="see slmcompress doctor; the ONNX export works") from None
+            remedy = (
+                "a larger --workspace" if config.workspace and "OutOfMemory" in str(error) else "slmcompress doctor"
+            )
+            raise ConfigError(f"{flavor}: {error}", remedy=remedy) from None
         file = f"{name}{SUFFIX[flavor]}"
         (folder / file).write_bytes(engine)
         record["engines"].append({"file": file, "flavor": flavor, **found})

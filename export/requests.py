@@ -1,6 +1,7 @@
 """Files of requests in, files of recommendations out, a chunk at a time (JSON lines, CSV, Parquet)."""
 
 import csv
+import difflib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from slmrec.recommender import PAD, Histories, Recommender, TopK
 CHUNK = 4096
 LONGEST_CELL = 1 << 27
 """Characters of a CSV cell: a history of millions."""
+FIELDS = ("user", "history", "exclude")
 FORMATS = (".jsonl", ".csv", ".parquet")
 SCHEMA = pa.schema([("user", pa.string()), ("items", pa.list_(pa.string())), ("scores", pa.list_(pa.float32()))])
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
@@ -124,6 +126,11 @@ def _read(source: Path) -> Iterator[Request]:
 def _request(record: Any, line: int, source: Path) -> Request:
     if not isinstance(record, dict) or "history" not in record:
         raise _malformed(source, line, "no field 'history'")
+    for name in record:
+        meant = [] if name in FIELDS else difflib.get_close_matches(str(name), FIELDS)
+        if name is None or meant:  # None holds the cells of a CSV row that has more of them than its header
+            what = "more cells than the header" if name is None else f"the field {name!r}; is it {meant[0]!r}?"
+            raise _malformed(source, line, what)
     lists = [_ids(record.get(name), line, source) for name in ("history", "exclude")]
     return Request(line, str(record.get("user", line)), *lists)
 

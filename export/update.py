@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from export.golden import GOLDEN_FILE, save_golden, stored_golden
 from export.items import PROJECTION_FILE, ItemWeights, read_items, write_items
 from export.parity import PARITY_FILE, ParityRule, check_other_graphs, compare
 from export.runtime import ITEM_DATA, SIGNATURE_FILE, OnnxRecommender, read_signature
-from export.signing import SIGNED_FILE, SUMS_FILE
+from export.signing import SIGNED_FILE, SUMS_FILE, fingerprint
 from export.triton import write_triton
 from slmrec.artifact import MANIFEST, Artifact, Stage, file_sha256, is_up_to_date, open_artifact, publish, write_json
 from slmrec.catalogue import ITEMS_FILE, Catalogue, load_catalogue
@@ -52,8 +53,9 @@ class NewItem:
 
 @one_run_at_a_time
 def update_items(
-    bundle: Artifact, output: Path, *, items: Path | None, retire: Path | None, force: bool = False
-) -> tuple[Artifact, bool]:
+    bundle: Artifact, output: Path, *, items: Path | None, retire: Path | None, key: Path | None = None,
+    force: bool = False,
+) -> tuple[Artifact, bool]:  # fmt: skip
     """Write a bundle with further items, or without some; gives the artefact and whether it was there already.
 
     Args:
@@ -62,6 +64,7 @@ def update_items(
         items: a .parquet or .jsonl file of new items: `item`, `title` if known, and `similar` (ids of the catalogue,
             whose mean the new item is) or `vector`; linear heads need `output_vector` (and `bias`) as well.
         retire: a text file of ids that must not be recommended any more, one a line; they stay known in histories.
+        key: private Ed25519 key to sign with, see `export.signing`.
         force: replace a bundle made of something else.
 
     Raises:
@@ -76,12 +79,14 @@ def update_items(
                 f"{path} is no file", remedy="the path of a table of new items, or of a list of retired ids"
             )
     settings = {name: file_sha256(path) for name, path in (("items", items), ("retire", retire)) if path is not None}
+    if key is not None:
+        settings["signed_by"] = fingerprint(key)
     stage = Stage(name="update-items", kind="bundle", settings=settings, parents={"bundle": bundle})
     if is_up_to_date(output, stage, force=force):
         return open_artifact(output), True
     catalogue, signature = load_catalogue(bundle.path), read_signature(bundle.path)
     joining, changed = _changes(bundle.path, catalogue, signature, items=items, retire=retire)
-    with publish(output, stage, finish=write_sums) as folder:
+    with publish(output, stage, finish=partial(write_sums, key=key)) as folder:
         for entry in sorted(bundle.path.iterdir()):
             if entry.is_file() and entry.name not in LEFT_BEHIND and entry.suffix not in (".plan", ".rtx"):
                 shutil.copyfile(entry, folder / entry.name)

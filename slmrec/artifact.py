@@ -22,6 +22,9 @@ MANIFEST = "manifest.json"
 SCHEMA = 1
 """Version of the manifest's layout; a reader refuses a newer one."""
 
+LATEST = 253_402_300_799
+"""The last second of the year 9999."""
+
 VERSIONED = ("slmcompress", "torch", "transformers", "numpy", "onnx", "onnxruntime", "accelerate", "peft", "polars")
 
 
@@ -276,7 +279,7 @@ def _now() -> datetime:
     fixed = os.environ.get("SOURCE_DATE_EPOCH")
     if fixed is None:
         return datetime.now(UTC)
-    if not fixed.isdecimal():
+    if not fixed.isdecimal() or int(fixed) > LATEST:
         raise ConfigError(f"SOURCE_DATE_EPOCH={fixed!r} is no number of seconds", remedy="unset it, or date +%s")
     return datetime.fromtimestamp(int(fixed), UTC)
 

@@ -42,14 +42,12 @@ def compare_reports(old: Benchmark, new: Benchmark, tolerance: float) -> list[Ch
     Raises:
         DataError: reports of other data, or against other baselines: their figures say nothing of each other.
     """
-    for what, before, after in (
-        ("baseline", old["baseline"], new["baseline"]),
-        ("dataset", old["dataset"].get("hash"), new["dataset"].get("hash")),
+    for what, before, after, remedy in (
+        ("baseline", old["baseline"], new["baseline"], f"benchmark --baseline {old['baseline']}"),
+        ("dataset", old["dataset"].get("hash"), new["dataset"].get("hash"), "benchmark both on the same data"),
     ):
         if before != after:
-            raise DataError(
-                f"the reports have different {what}s: {before} and {after}", remedy="benchmark both on the same data"
-            )
+            raise DataError(f"the reports have different {what}s: {before} and {after}", remedy=remedy)
     rows = {row["name"]: row for row in new["rows"]}
     changes = []
     for row in old["rows"]:

@@ -303,6 +303,7 @@ class BenchmarkConfig:
         require(self.rate is None or self.rate > 0, f"rate={self.rate} is not above 0", "--rate 100")
         if self.device_spec is not None:
             require_choice("device_spec", self.device_spec, ("a100", "h100"))
+            require(self.floor, "device_spec estimates the floor, which is left out", "without --no-floor")
         for percentile in self.constraints.max_latency_ms:
             needed = round(100 / (100 - int(percentile[1:])))
             require(

@@ -112,13 +112,16 @@ def _within(defaults: Shapes, asked: Mapping[str, Shapes]) -> dict[str, tuple[in
     return found
 
 
-def profile_of(config: EngineConfig, defaults: Mapping[str, Shapes], rows: int) -> dict[str, list[list[int]]]:
+def profile_of(
+    config: EngineConfig, defaults: Mapping[str, Shapes], rows: int, max_history: int | None = None
+) -> dict[str, list[list[int]]]:
     """Smallest, usual and largest shape of each input.
 
     Args:
         config: what was asked for.
         defaults: "min", "opt", "max" -> shapes, for what was not.
         rows: of the item table, padding and spare ones included.
+        max_history: the window of the graph; wider histories have no positions.
 
     Raises:
         ConfigError: shapes out of order, batches that differ between inputs, or a batch whose scores are more numbers
@@ -128,7 +131,12 @@ def profile_of(config: EngineConfig, defaults: Mapping[str, Shapes], rows: int) 
     chosen = {kind: {**_within(defaults[kind], asked), **asked[kind]} for kind in asked}
     for kind, shapes in chosen.items():
         batches = {name: shape[0] for name, shape in shapes.items()}
-        require(len(set(batches.values())) == 1, f"--{kind}-shapes has batches {batches}", "one batch for both inputs")
+        flag = next((f"--{one}-shapes" for one in (kind, "max", "min") if asked[one]), f"--{kind}-shapes")
+        require(
+            len(set(batches.values())) == 1,
+            f"{flag} leads to batches of {' and '.join(f'{size} ({name})' for name, size in batches.items())}",
+            f"name both inputs: {flag} item_ids:8x50,exclude_ids:8x320",
+        )
     profile = {name: [list(chosen[kind][name]) for kind in ("min", "opt", "max")] for name in defaults["min"]}
     for name, (least, usual, most) in profile.items():
         for axis, what in enumerate(("batch", "width")):
@@ -139,6 +147,15 @@ def profile_of(config: EngineConfig, defaults: Mapping[str, Shapes], rows: int) 
             )
         require(least[0] >= 1, f"--min-shapes has a batch of {least[0]}", "a batch of 1 or more")
     require(profile["item_ids"][0][1] >= 1, "--min-shapes has item_ids of width 0", "a width of 1 or more")
+    widest = profile["item_ids"][2][1]
+    require(
+        max_history is None or widest <= max_history,
+        f"--max-shapes has item_ids of width {widest}, and the graph's window is {max_history}",
+        f"a width of at most {max_history}",
+    )
+    require(
+        profile["exclude_ids"][2][1] >= 1, "--max-shapes lets no item be excluded", "exclude_ids of width 32 or more"
+    )
     largest = profile["item_ids"][2][0]
     require(
         largest * rows <= LARGEST_INDEX,

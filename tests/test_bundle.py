@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from export.bundle import bundle
 from export.onnx_export import export_checkpoint
@@ -15,6 +16,7 @@ from export.parity import ParityRule, compare
 from export.runtime import OnnxRecommender
 from export.verify import verify
 from slmrec.artifact import Stage, open_artifact, publish
+from slmrec.cli.main import main
 from slmrec.config import DataConfig, ExportConfig
 from slmrec.dataset import load_dataset
 from slmrec.errors import ArtifactError, CheckError, ConfigError
@@ -63,10 +65,11 @@ def test_two_bundles_of_one_run_are_the_same_to_the_byte(made, tmp_path, monkeyp
         assert made_again.manifest["created"].startswith("2023-11-14T22:13:20")
         contents.append({path.relative_to(made_again.path): path.read_bytes() for path in files(made_again.path)})
     assert contents[0] == contents[1]
-    monkeypatch.setenv("SOURCE_DATE_EPOCH", "yesterday")
-    with pytest.raises(ConfigError, match="SOURCE_DATE_EPOCH='yesterday'"):
-        bundle(open_artifact(made.parent / "export"), data, made.parent / "third")
-    assert not (made.parent / "third").exists()
+    for wrong in ("yesterday", "-5", "253402300800", "9" * 30):
+        monkeypatch.setenv("SOURCE_DATE_EPOCH", wrong)
+        with pytest.raises(ConfigError, match=f"SOURCE_DATE_EPOCH='{wrong}'"):
+            bundle(open_artifact(made.parent / "export"), data, made.parent / "third")
+        assert not (made.parent / "third").exists()
 
 
 def test_a_bundle_holds_what_the_contract_names(made):
@@ -254,6 +257,19 @@ def test_a_signed_bundle_verifies_with_the_signers_key_alone(signed, keys):
 def test_an_unsigned_bundle_fails_where_a_signature_is_asked_for(copy, keys):
     with pytest.raises(CheckError, match="is not signed"):
         verify(copy, key=keys / "mine.pub.pem")
+
+
+def test_an_update_signs_anew_or_says_that_it_did_not(signed, keys, tmp_path):
+    (tmp_path / "gone.txt").write_text("5\n")
+    for name, flags in (("again", ["--sign", str(keys / "other.pem")]), ("plain", [])):
+        command = ["update-items", str(signed), "--retire", str(tmp_path / "gone.txt"), "-o", str(tmp_path / name)]
+        said = CliRunner().invoke(main, [*command, *flags], standalone_mode=False)
+        assert said.exception is None
+        assert ("not signed any more" in said.stdout) == (name == "plain")
+        assert "40 items, room for" in said.stdout
+    verify(tmp_path / "again", key=keys / "other.pub.pem")
+    with pytest.raises(CheckError, match="is not signed"):
+        verify(tmp_path / "plain", key=keys / "other.pub.pem")
 
 
 @pytest.mark.parametrize("harm", ["file and sums", "signature", "signature of another bundle", "link"])

@@ -66,6 +66,7 @@ def test_without_a_bound_on_accuracy_a_hundredth_may_be_lost():
         (lambda: BenchmarkConfig(rate=0.0), r"rate=0\.0 is not above 0"),
         (lambda: parse_latency(["p99=5", "50"]), "bounds p99 twice"),
         (lambda: BenchmarkConfig(rounds=50, constraints=Constraints(max_latency_ms={"p99": 5.0})), "p99 of 50 rounds"),
+        (lambda: BenchmarkConfig(floor=False, device_spec="a100"), "device_spec estimates the floor"),
         (lambda: BenchmarkConfig(accuracy=False, constraints=Constraints(min_ndcg=0.9)), "min_ndcg needs accuracy"),
         (lambda: choose([row("a")], Constraints(max_latency_ms={"p99": 3.0}), "a"), "p99 of a was not measured in 200"),
         (lambda: choose([row("a", kept=None)], Constraints(min_ndcg=0.9), "a"), "NDCG@10 of a was not measured"),

@@ -224,17 +224,24 @@ def test_settings_that_cannot_be_are_refused_before_anything_is_built(settings, 
             128,
             "width of item_ids: min 9, opt 8, max 8",
         ),
-        ({"opt_shapes": "item_ids:4x8"}, 128, "--opt-shapes has batches"),
+        ({"opt_shapes": "item_ids:4x8"}, 128, r"--opt-shapes leads to batches of 4 \(item_ids\) and 8 \(exclude_ids\)"),
+        ({"max_shapes": "item_ids:4x8"}, 128, "--max-shapes leads to batches"),
+        ({"max_shapes": "item_ids:4x11,exclude_ids:4x32"}, 128, "of width 11, and the graph's window is 10"),
+        (
+            {"max_shapes": "item_ids:4x8,exclude_ids:4x0", "opt_shapes": "item_ids:4x8,exclude_ids:4x0"},
+            128,
+            "lets no item be excluded",
+        ),
         ({"min_shapes": "item_ids:0x1,exclude_ids:0x0"}, 128, "a batch of 0"),
         ({"min_shapes": "item_ids:1x0,exclude_ids:1x0"}, 128, "item_ids of width 0"),
     ],
 )
 def test_profiles_that_cannot_be_are_refused(settings, rows, message):
     with pytest.raises(ConfigError, match=message):
-        profile_of(EngineConfig(**settings), SHAPES, rows)
+        profile_of(EngineConfig(**settings), SHAPES, rows, 10)
 
 
-@given(st.lists(st.tuples(st.integers(1, 64), st.integers(1, 50)), min_size=3, max_size=3), st.integers(0, 600))
+@given(st.lists(st.tuples(st.integers(1, 64), st.integers(1, 50)), min_size=3, max_size=3), st.integers(1, 600))
 def test_shapes_in_order_are_taken_as_spelled(pairs, excluded):
     batches, widths = (sorted(column) for column in zip(*pairs, strict=True))
     spelled = {

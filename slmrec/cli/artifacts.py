@@ -98,22 +98,32 @@ def bundle(
 @click.option("--items", type=click.Path(path_type=Path), help="New items: .parquet or .jsonl.")
 @click.option("--retire", type=click.Path(path_type=Path), help="Text file of ids never to be recommended again.")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The new bundle.")
+@click.option("--sign", "key", type=click.Path(path_type=Path), help="Private Ed25519 key (PEM) to sign with.")
 @common_options
 def update_items(
-    path: Path, items: Path | None, retire: Path | None, output: Path, device: str, seed: int, as_json: bool,
-    force: bool,
+    path: Path, items: Path | None, retire: Path | None, output: Path, key: Path | None, device: str, seed: int,
+    as_json: bool, force: bool,
 ) -> None:  # fmt: skip
     """Let items join and leave the catalogue of a BUNDLE, without retraining and without a new export.
 
     A new item has an `item` id, a `title` if known, and either `similar` (ids whose mean it becomes) or its own
-    `vector`. What was measured on the old catalogue does not go along.
+    `vector` (where items have no share from titles). What was measured on the old catalogue, engines and the old
+    signature do not go along.
     """
     parent = choose(path, "bundle", "slmcompress bundle", "bundle")
+    from export.runtime import read_signature
+    from export.signing import SIGNED_FILE
     from export.update import update_items as run
     from slmrec.cli.stages import made, made_text
 
-    result = run(parent, output, items=items, retire=retire, force=force)
-    print_result(made(*result), made_text(*result), as_json=as_json)
+    result = run(parent, output, items=items, retire=retire, key=key, force=force)
+    signature = read_signature(result[0].path)
+    room = signature["capacity"] - signature["num_items"]
+    text = f"{made_text(*result)}; {signature['num_items']} items, room for {room} more"
+    if key is None and (parent.path / SIGNED_FILE).exists():
+        text += "; not signed any more (--sign)"
+    fields = {"num_items": signature["num_items"], "room": room, "signed": key is not None}
+    print_result(made(*result) | fields, text, as_json=as_json)
 
 
 @click.command()
@@ -151,6 +161,11 @@ def recommend(
     if bool(history) == (source is not None) or (source is None) != (target is None):
         raise ConfigError(
             "recommend takes either a history or --input and --output", remedy="slmcompress recommend 50 172"
+        )
+    if exclude and source is not None:
+        raise ConfigError(
+            "--exclude is for a history on the command line; in a file each user has a field of his own",
+            remedy='lines such as {"user": "1", "history": ["50"], "exclude": ["172"]}',
         )
     artifact = choose(model, "", "slmcompress export", *RECOMMENDS) if model else _newest_product()
     from export.requests import named_items, recommend_file

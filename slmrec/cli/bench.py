@@ -90,7 +90,7 @@ def evaluate(
 @click.option("--top-k", type=int, default=10, show_default=True, help="Items asked for while timing.")
 @click.option("--rate", type=float, help="Open load too: requests a second that arrive at random.")
 @click.option("--rate-requests", type=int, default=200, show_default=True, help="Requests of the open load.")
-@click.option("--max-latency-ms", multiple=True, metavar="[PXX=]MS", help="Bound, such as p99=20; may be repeated.")
+@click.option("--max-latency-ms", multiple=True, metavar="[PXX=]MS", help="Bound, such as p50=5; alone it is p99's.")
 @click.option("--min-ndcg", type=float, help="Least NDCG@10, as a share of the baseline's.")
 @click.option("--max-size-mb", type=float, help="Largest artefact.")
 @click.option("--gpu-hour-price", type=float, help="Price of the machine's hour: adds the price of a million lists.")
@@ -123,7 +123,7 @@ def benchmark(
     from slmrec.choice import Constraints, parse_latency
     from slmrec.cli.loading import choose, resolve_output
     from slmrec.config import BenchmarkConfig, settings_of
-    from slmrec.report import floor_lines, markdown_table, require_report_folder, write_report
+    from slmrec.report import floor_lines, load_text, markdown_table, require_report_folder, write_report
 
     bounds = Constraints(max_latency_ms=parse_latency(max_latency_ms), min_ndcg=min_ndcg, max_size_mb=max_size_mb)
     config = BenchmarkConfig(constraints=bounds, **settings)
@@ -145,7 +145,8 @@ def benchmark(
     say(f"wrote {target / 'report.html'} and benchmark.json, .csv and .md beside it")
     chosen = report.benchmark["recommended"]
     text = [*markdown_table(report.benchmark), "", f"to serve: {chosen['name'] or 'none'}: {chosen['reason']}"]
-    text += ["", *floor_lines(report.benchmark)]
+    loads = [f"{row['name']} {load_text(row['load'])}" for row in report.benchmark["rows"] if row["load"]]
+    text += [*loads, "", *floor_lines(report.benchmark)]
     print_result(dict(report.benchmark), "\n".join(text).rstrip(), as_json=as_json)
 
 

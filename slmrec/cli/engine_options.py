@@ -16,7 +16,7 @@ OPTIONS = (
         "--ranges", type=click.Choice(RANGES), help="Calibrated ranges of int8 and fp8.  [default: percentile]"
     ),
     click.option("--trt-flavor", type=click.Choice(FLAVORS), help="rtx builds without a GPU.  [default: auto]"),
-    click.option("--compute-capability", help="Devices to build for, such as 8.0,8.9.  [default: the GPU here]"),
+    click.option("--compute-capability", help="Such as 8.0,8.9.  [default: the GPU here; rtx: all]"),
     click.option("--min-shapes", help="Such as item_ids:1x1,exclude_ids:1x0.  [default: from the data]"),
     click.option("--opt-shapes", help="Usual shapes, for which kernels are chosen."),
     click.option("--max-shapes", help="Largest shapes."),
