@@ -4,11 +4,10 @@
 
 Models of `slmrec_table.py` (same folder). All choices start from the same teacher and are healed alike. "damage" is the
 product's: validation NDCG@10 lost, one layer after the other; "likelihood" drops those without which the validation
-items' cross-entropy is least, which varies less from user to user; "pair" the same by trying every pair.
+items' cross-entropy is least, which varies less from user to user.
 """
 
 import argparse
-import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +31,7 @@ from slmrec.models.checkpoint import load_decoder
 from slmrec.models.decoder import DecoderModel
 from slmrec.sequences import Cases, validation_cases
 
-CRITERIA = ("damage", "likelihood", "pair", "angular")
+CRITERIA = ("damage", "likelihood", "angular")
 
 
 def cross_entropy(model: DecoderModel, cases: Cases) -> float:
@@ -58,17 +57,6 @@ def least_surprised(teacher: Artifact, data: Dataset, count: int, seed: int) -> 
     return tuple(sorted(dropped))
 
 
-def least_surprised_pair(teacher: Artifact, data: Dataset) -> tuple[int, ...]:
-    """The two layers without which cross-entropy is least, of all pairs, on all validation users; never the last."""
-    model, cases = load_decoder(teacher).eval(), validation_cases(data.sequences)
-    losses = {}
-    for pair in itertools.combinations(range(model.num_layers - 1), 2):
-        rest = [layer for layer in range(model.num_layers) if layer not in pair]
-        losses[pair] = cross_entropy(keep_layers(model, rest).eval(), cases)
-    print({str(pair): round(loss, 4) for pair, loss in losses.items()}, flush=True)
-    return min(losses, key=lambda pair: losses[pair])
-
-
 def asked(runs: Path, data: Dataset, seed: int, num_layers: int) -> tuple[dict[str, np.ndarray], dict[str, list[int]]]:
     """NDCG@10 of each test user by the whole teacher and by criterion, and the layers that each criterion keeps."""
     at, name = runs / f"seed-{seed}", runs.name.removeprefix("table-")
@@ -76,13 +64,9 @@ def asked(runs: Path, data: Dataset, seed: int, num_layers: int) -> tuple[dict[s
     train = replace(recipes(name, seed)[2].train, epochs=2)
     models, kept = {"whole": teacher}, {}
     for criterion in CRITERIA:
-        if criterion in ("likelihood", "pair"):
+        if criterion == "likelihood":
             count = load_decoder(teacher).num_layers - num_layers
-            if criterion == "pair":
-                dropped = least_surprised_pair(teacher, data)
-            else:
-                dropped = least_surprised(teacher, data, count, seed)
-            config = PruneConfig(drop=dropped, train=train)
+            config = PruneConfig(drop=least_surprised(teacher, data, count, seed), train=train)
         else:
             config = PruneConfig(
                 num_layers=num_layers, criterion=criterion, importance=ImportanceConfig(seed=seed), train=train

@@ -304,6 +304,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "eight_bit_ml_100k": eight_bit,
     "eight_bit_beauty": eight_bit,
     "pruning_ml_100k": pruning,
+    "pruning_ml_100k_likelihood": pruning,
     "calibration_memory": calibration_memory,
     "orthogonality": orthogonality,
     "serving_peers": serving_peers,
