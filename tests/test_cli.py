@@ -53,6 +53,14 @@ def test_the_demo_works_below_the_folder_that_was_asked_for(tmp_path, runs):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
+def test_the_demo_can_be_run_again(tmp_path):
+    for _ in range(2):
+        result = slmcompress("demo", "--synthetic", "--runs", tmp_path / "demo", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    assert "(verified)" in result.stderr + result.stdout
+
+
 def test_an_output_of_dot_is_the_folder_one_stands_in(tmp_path):
     (tmp_path / "a.csv").write_text("user,item,timestamp\n" + "".join(f"u,{n},{n}\n" for n in range(4)))
     result = slmcompress("data", "a.csv", "-o", ".", cwd=tmp_path)
