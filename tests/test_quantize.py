@@ -148,7 +148,7 @@ def test_auto_keep_finds_the_layer_that_breaks_the_gate(tiny_model):
 
 
 def test_layers_that_are_kept_already_are_not_offered_again(tiny_model, monkeypatch):
-    monkeypatch.setattr("compress.quantize.ratio_of_means", lambda *_: Interval(0.5, 0.4, 0.6))
+    monkeypatch.setattr("slmrec.gate.ratio_of_means", lambda *_: Interval(0.5, 0.4, 0.6))
     for auto_keep in (False, True):
         with pytest.raises(CheckError) as caught:
             gated(tiny_model, keep_fp=("layers.1.*",), auto_keep=auto_keep)
