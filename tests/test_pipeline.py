@@ -97,11 +97,19 @@ def test_a_long_history_is_cut_to_its_newest_items_and_excluded_whole(recommende
 @pytest.mark.parametrize(
     ("rows", "k", "error"),
     [([[0]], 5, DataError), ([[-1]], 5, DataError), ([[61]], 5, DataError), ([[2**40]], 5, DataError),
-     ([[]], 5, DataError), ([[1]], 0, ConfigError), ([[1]], 3841, ConfigError)],
+     ([[1]], 0, ConfigError), ([[1]], 3841, ConfigError)],
 )  # fmt: skip
 def test_what_cannot_be_answered_is_refused_alike(recommender, rows, k, error):
     with pytest.raises(error):
         recommender.recommend(Histories.of(Ragged.from_rows(rows)), k)
+
+
+def test_a_user_without_history_is_given_what_is_popular_by_every_product(recommender, data):
+    counts = np.array(data.items.num_interactions)
+    answer = recommender.recommend(Histories.of(Ragged.from_rows([[], [1, 2]])), 5)
+    best = sorted(range(1, data.num_items + 1), key=lambda item: (-counts[item - 1], item))[:5]
+    assert answer.item_ids[0].tolist() == best
+    assert answer.scores[0].tolist() == counts[np.array(best) - 1].tolist()
 
 
 def test_no_users_give_no_lists(recommender):
@@ -195,7 +203,7 @@ def test_bad_input_is_a_message_with_a_remedy(runs, arguments, message):
 
 def test_a_gate_that_cannot_be_met_writes_nothing(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "compress.quantize.ratio_of_means", lambda *_: type("R", (), {"estimate": 0.5, "low": 0.4, "high": 0.6})
+        "slmrec.gate.ratio_of_means", lambda *_: type("R", (), {"estimate": 0.5, "low": 0.4, "high": 0.6})
     )
     with pytest.raises(CheckError, match=r"8 bits cost too much.*layers\."):
         call(runs, "quantize", "-m", runs / "student", "-o", tmp_path / "out")
