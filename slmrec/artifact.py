@@ -22,8 +22,7 @@ MANIFEST = "manifest.json"
 SCHEMA = 1
 """Version of the manifest's layout; a reader refuses a newer one."""
 
-LATEST = 253_402_300_799
-"""The last second of the year 9999."""
+LATEST = 253_402_300_799  # the last second of the year 9999
 
 VERSIONED = ("slmcompress", "torch", "transformers", "numpy", "onnx", "onnxruntime", "accelerate", "peft", "polars")
 
