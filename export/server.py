@@ -9,12 +9,15 @@ import asyncio
 import hmac
 import json
 import logging
+import signal
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from socket import socket
 from typing import Any
 
+import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -34,6 +37,8 @@ MODEL = "recommend"
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 HEADER_LENGTH = "inference-header-content-length"
 BUNDLE_HEADER = "x-bundle-hash"
+LINGER_S = 0.5
+"""After the last connection was taken: so long may a request still arrive over those there are."""
 OPEN_PATHS = ("/v2/health/live", "/v2/health/ready")
 LOG = logging.getLogger("slmcompress.serve")
 
@@ -142,6 +147,41 @@ class Server:
             raise RefusedError(504, f"no answer within {self.config.timeout_s:g} s") from None
         except SlmrecError as error:
             raise RefusedError(400, error.problem) from None
+
+
+class _Web(uvicorn.Server):
+    """Takes no new connection at the end, yet answers what is on its way over those there are."""
+
+    async def shutdown(self, sockets: list[socket] | None = None) -> None:
+        for listener in self.servers:
+            listener.close()
+        await asyncio.sleep(LINGER_S)
+        await super().shutdown(sockets)
+
+
+async def run(server: Server) -> None:
+    """Serve until SIGTERM or Ctrl-C; then what was accepted is answered. SIGHUP looks for another bundle."""
+    config, swaps = server.config, set[asyncio.Task[bool]]()
+
+    def swap() -> None:
+        task = asyncio.get_running_loop().create_task(server.swap())
+        swaps.add(task)
+        task.add_done_callback(swaps.discard)
+
+    web = _Web(
+        uvicorn.Config(
+            create_app(server), host=config.host, port=config.port, log_level="warning", access_log=False,
+            timeout_graceful_shutdown=max(1, round(2 * config.timeout_s)),
+        )
+    )  # fmt: skip
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, swap)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again when it is done, which is then the end
+    watching = asyncio.create_task(server.watch()) if config.watch_s else None
+    await web.serve()
+    if watching is not None:
+        watching.cancel()
+    if server.now is not None:
+        await server.now.batcher.drain()
 
 
 def create_app(server: Server) -> FastAPI:

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +36,7 @@ def serve(
     now leads elsewhere; if it does not verify, the old one goes on. SIGTERM answers what was accepted and ends.
     """
     try:
-        import uvicorn
-
-        from export.server import Server, create_app
+        from export.server import Server, run
     except ImportError as error:
         raise ConfigError(f"serving needs {error.name}", remedy="pip install 'slmcompress[serve]'") from None
     from slmrec.serve_config import ServeConfig
@@ -51,32 +48,8 @@ def serve(
     server = Server(path, config, key=key, token=_token(token_file))
     server.now = server.load()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    web = uvicorn.Server(
-        uvicorn.Config(
-            create_app(server), host=config.host, port=config.port, log_level="warning", access_log=False,
-            timeout_graceful_shutdown=max(1, round(2 * config.timeout_s)),
-        )
-    )  # fmt: skip
     say(f"serving {server.now.path} on http://{config.host}:{config.port}")
-    asyncio.run(_run(web, server))
-
-
-async def _run(web: Any, server: Any) -> None:
-    """Until SIGTERM or Ctrl-C; then what was accepted is answered."""
-    swaps: set[asyncio.Task[bool]] = set()
-
-    def swap() -> None:
-        task = asyncio.get_running_loop().create_task(server.swap())
-        swaps.add(task)
-        task.add_done_callback(swaps.discard)
-
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, swap)
-    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again when it is done, which is then the end
-    watching = asyncio.create_task(server.watch()) if server.config.watch_s else None
-    await web.serve()
-    if watching is not None:
-        watching.cancel()
-    await server.now.batcher.drain()
+    asyncio.run(run(server))
 
 
 def _token(file: Path | None) -> bytes | None:
