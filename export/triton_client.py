@@ -81,9 +81,11 @@ def recommend(
     """Internal ids of the best items of each user, best first.
 
     Raises:
-        ValueError: as `padded`, or NaN scores, which are no list.
+        ValueError: as `padded`, an answer that is an error, or NaN scores, which are no list.
+        OSError: nobody answers there.
     """
     from tritonclient.http import InferenceServerClient, InferInput
+    from tritonclient.utils import InferenceServerException
 
     client = InferenceServerClient(url)
     lists: list[list[int]] = [[] for _ in histories]
@@ -91,7 +93,10 @@ def recommend(
         inputs = [InferInput(name, list(array.shape), "INT64") for name, array in arrays.items()]
         for tensor, array in zip(inputs, arrays.values(), strict=True):
             tensor.set_data_from_numpy(array)
-        answer = client.infer(model, inputs)
+        try:
+            answer = client.infer(model, inputs)
+        except InferenceServerException as error:
+            raise ValueError(f"{model} at {url}: {error}") from None
         if np.isnan(answer.as_numpy("top_scores")).any():
             raise ValueError("the model gave NaN scores")
         for row, items in zip(rows, answer.as_numpy("top_items"), strict=True):
@@ -107,8 +112,16 @@ def main() -> int:
     parser.add_argument("history", nargs="+")
     arguments = parser.parse_args()
     padding = json.loads((Path(__file__).parent / "padding.json").read_text(encoding="ascii"))
-    histories = [[int(item) for item in history.split(",")] for history in arguments.history]
-    for items in recommend(arguments.url, arguments.model, histories, [[] for _ in histories], padding):
+    try:
+        histories = [[int(item) for item in history.split(",")] for history in arguments.history]
+        lists = recommend(arguments.url, arguments.model, histories, [[] for _ in histories], padding)
+    except ImportError:
+        print("error: tritonclient is not installed; try: pip install 'tritonclient[http]'", file=sys.stderr)
+        return 2
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for items in lists:
         print(" ".join(map(str, items)))
     return 0
 

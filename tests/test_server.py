@@ -21,6 +21,7 @@ import pytest
 from export.bundle import bundle
 from export.onnx_export import export_checkpoint
 from export.runtime import OnnxRecommender
+from export.triton_client import recommend
 from slmrec.artifact import Stage, open_artifact, publish
 from slmrec.catalogue import load_catalogue
 from slmrec.config import DataConfig, ExportConfig
@@ -153,6 +154,16 @@ def test_tritons_client_reads_metadata_and_gets_what_the_runtime_gives(running, 
     assert 3 not in without.as_numpy("top_items")
     assert without.as_numpy("top_scores") is None
     client.close()
+
+
+def test_tritons_python_client_of_a_bundle_gets_its_lists_here_too(running, bundles):
+    padding = json.loads((bundles[0] / "triton/padding.json").read_text())
+    rows = requests_of(7, seed=3)
+    expected = OnnxRecommender(bundles[0]).recommend(Histories.of(Ragged.from_rows(rows)), NUM_ITEMS)
+    found = recommend(running.url.removeprefix("http://"), "recommend", rows, [[]] * 7, padding)
+    assert found == [[int(item) for item in items if item] for items in expected.item_ids]
+    with pytest.raises(ValueError, match="other at .*there is the model recommend"):
+        recommend(running.url.removeprefix("http://"), "other", rows, [[]] * 7, padding)
 
 
 def test_many_users_at_once_get_their_own_answers(running, bundles):

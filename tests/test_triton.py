@@ -176,3 +176,18 @@ def test_a_configuration_that_names_files_elsewhere_does_not_verify(made, tmp_pa
     write_sums(copy)
     with pytest.raises(CheckError, match=r"recommend/config\.pbtxt names the file"):
         verify(copy)
+
+
+@pytest.mark.parametrize(
+    ("history", "message"),
+    [
+        ("1,2", "refused"), ("1,two", "'two'"), ("41", "items are 1 to 40"), ("0", "items are 1 to 40"),
+    ],
+)  # fmt: skip
+def test_the_client_says_in_one_line_what_is_wrong(made, history, message):
+    script = [sys.executable, str(made / "triton/client.py"), "127.0.0.1:9", "recommend", history]
+    found = subprocess.run(script, check=False, capture_output=True, text=True)
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr.startswith("error: ")
+    assert message in found.stderr
+    assert found.stderr.count("\n") == 1
