@@ -158,12 +158,12 @@ def test_tritons_client_reads_metadata_and_gets_what_the_runtime_gives(running, 
 
 def test_tritons_python_client_of_a_bundle_gets_its_lists_here_too(running, bundles):
     padding = json.loads((bundles[0] / "triton/padding.json").read_text())
-    rows = requests_of(7, seed=3)
+    rows = [row.tolist() for row in requests_of(7, seed=3)]
     expected = OnnxRecommender(bundles[0]).recommend(Histories.of(Ragged.from_rows(rows)), NUM_ITEMS)
-    found = recommend(running.url.removeprefix("http://"), "recommend", rows, [[]] * 7, padding)
+    found = recommend(running.url.removeprefix("http://"), "recommend", rows, [[] for _ in rows], padding)
     assert found == [[int(item) for item in items if item] for items in expected.item_ids]
-    with pytest.raises(ValueError, match="other at .*there is the model recommend"):
-        recommend(running.url.removeprefix("http://"), "other", rows, [[]] * 7, padding)
+    with pytest.raises(ValueError, match=r"other at .*there is the model recommend"):
+        recommend(running.url.removeprefix("http://"), "other", rows, [[] for _ in rows], padding)
 
 
 def test_many_users_at_once_get_their_own_answers(running, bundles):
