@@ -87,20 +87,20 @@ def recommend(
     from tritonclient.http import InferenceServerClient, InferInput
     from tritonclient.utils import InferenceServerException
 
-    client = InferenceServerClient(url)
     lists: list[list[int]] = [[] for _ in histories]
-    for rows, arrays in padded(histories, excluded, padding):
-        inputs = [InferInput(name, list(array.shape), "INT64") for name, array in arrays.items()]
-        for tensor, array in zip(inputs, arrays.values(), strict=True):
-            tensor.set_data_from_numpy(array)
-        try:
-            answer = client.infer(model, inputs)
-        except InferenceServerException as error:
-            raise ValueError(f"{model} at {url}: {error}") from None
-        if np.isnan(answer.as_numpy("top_scores")).any():
-            raise ValueError("the model gave NaN scores")
-        for row, items in zip(rows, answer.as_numpy("top_items"), strict=True):
-            lists[row] = [int(item) for item in items if item]
+    with InferenceServerClient(url) as client:
+        for rows, arrays in padded(histories, excluded, padding):
+            inputs = [InferInput(name, list(array.shape), "INT64") for name, array in arrays.items()]
+            for tensor, array in zip(inputs, arrays.values(), strict=True):
+                tensor.set_data_from_numpy(array)
+            try:
+                answer = client.infer(model, inputs)
+            except InferenceServerException as error:
+                raise ValueError(f"{model} at {url}: {error}") from None
+            if np.isnan(answer.as_numpy("top_scores")).any():
+                raise ValueError("the model gave NaN scores")
+            for row, items in zip(rows, answer.as_numpy("top_items"), strict=True):
+                lists[row] = [int(item) for item in items if item]
     return lists
 
 
