@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int64
 
+from slmrec.errors import DataError
+
 
 @dataclass(frozen=True, eq=False)
 class Ragged:
@@ -21,18 +23,26 @@ class Ragged:
 
     @classmethod
     def from_rows(cls, rows: Sequence[Sequence[int] | np.ndarray]) -> "Ragged":
-        """Pack rows in their order."""
+        """Pack rows in their order.
+
+        Raises:
+            DataError: a row holds something else than whole numbers, or is no list.
+        """
         return cls.from_lengths(
-            np.concatenate([np.asarray(row, dtype=np.int64) for row in rows]) if len(rows) else np.zeros(0, np.int64),
+            np.concatenate([_whole(np.asarray(row)) for row in rows]) if len(rows) else np.zeros(0, np.int64),
             np.array([len(row) for row in rows], dtype=np.int64),
         )
 
     @classmethod
     def from_lengths(cls, values: np.ndarray, lengths: np.ndarray) -> "Ragged":
-        """Rows of the given lengths, one after the other in `values`."""
+        """Rows of the given lengths, one after the other in `values`.
+
+        Raises:
+            DataError: the values are no whole numbers, or no vector.
+        """
         offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
         np.cumsum(lengths, out=offsets[1:])
-        return cls(np.ascontiguousarray(values, dtype=np.int64), offsets)
+        return cls(np.ascontiguousarray(_whole(values), dtype=np.int64), offsets)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -90,3 +100,13 @@ class Ragged:
         columns = np.arange(len(kept.values)) - np.repeat(kept.offsets[1:], lengths) + width
         padded[np.repeat(np.arange(len(self)), lengths), columns] = kept.values
         return padded
+
+
+def _whole(values: np.ndarray) -> np.ndarray:
+    """The values, of which nothing is lost as int64; an empty list has no type."""
+    if values.ndim != 1 or (values.size and values.dtype.kind not in "iu"):
+        raise DataError(
+            f"ids are {values.dtype} of rank {values.ndim}, expected are whole numbers in a list",
+            remedy="internal ids as int64, oldest first",
+        )
+    return values.astype(np.int64, copy=False)

@@ -107,6 +107,14 @@ def test_ids_of_another_type_or_rank_are_refused(folder, items):
         OnnxRecommender(folder).run(np.array(items), NOBODY)
 
 
+@pytest.mark.parametrize("row", [[1.5], [[1, 2]], ["1"], [True]])
+def test_histories_of_something_else_than_ids_are_refused(row):
+    with pytest.raises(DataError, match="expected are whole numbers in a list"):
+        Ragged.from_rows([[1], np.array(row)])
+    with pytest.raises(DataError, match="expected are whole numbers in a list"):
+        Ragged.from_lengths(np.array(row), np.array([1]))
+
+
 def test_batches_of_different_sizes_are_refused(folder):
     with pytest.raises(DataError, match="batches of different sizes"):
         OnnxRecommender(folder).run(np.array([[1], [2]]), NOBODY)
