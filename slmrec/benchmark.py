@@ -1,6 +1,5 @@
 """Accuracy against latency of several artefacts in one run, and what separates each from the baseline."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -20,11 +19,11 @@ from slmrec.machine import describe_machine, usable_cores
 from slmrec.metrics import Comparison, Interval, compare, holm, overlap, ratio_of_means
 from slmrec.recommender import Histories, Recommender
 from slmrec.report import Example, ExampleItem, Report
+from slmrec.report_sources import stages_of, trainings
 from slmrec.roofline import DEVICES, Ceilings, CountsWork, measure_ceilings, measured_over_floor
 from slmrec.sequences import Cases, test_cases
 
 SCHEMA = 1
-TRAINING_FILE = "training.jsonl"
 FLOOR_REQUESTS = 5
 """Requests whose arithmetic is counted; counting one runs it again under a profiler."""
 EXAMPLE_HISTORY = 8
@@ -97,10 +96,11 @@ def run_benchmark(
     rows = _rows(measured, baseline, config)
     _judge(rows, config.constraints)
     chosen = choose(rows, config.constraints, baseline)
+    named = {e.name: e.artifact for e in entrants}
     return Report(
-        benchmark={**provenance, "baseline": baseline, "rows": rows, "recommended": chosen}
+        benchmark={**provenance, "baseline": baseline, "rows": rows, "recommended": chosen, "stages": stages_of(named)}
         | ({"ceilings": ceilings.to_json()} if ceilings else {}),
-        curves={e.name: records for e in entrants if (records := read_curves(e.artifact))},
+        curves=trainings(named),
         example=_example(measured, data, cases, config.seed),
     )
 
@@ -119,14 +119,6 @@ def check_entrants(entrants: Sequence[Entrant], data: Dataset, baseline: str) ->
             model_name=str(entrant.artifact.path),
             data_name=str(data.artifact.path),
         )
-
-
-def read_curves(artifact: Artifact) -> list[dict[str, Any]]:
-    """Read the records of the artefact's training, oldest first; none where it was not trained."""
-    path = artifact.path / TRAINING_FILE
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def _ceilings(machine: Mapping[str, Any], config: BenchmarkConfig, say: Say) -> Ceilings | None:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from slmrec.roofline import roofline_text
 ACCURACY_COLUMNS = ("hr@1", "hr@5", "hr@10", "ndcg@5", "ndcg@10", "mrr", "num_users", "protocol", "mrr_cutoff")
 FULL = 0.98
 """Share of the time busy from which a queue is not worked off any more."""
-FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class Report:
     """What benchmark.json holds."""
     curves: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     """Artefact name -> records of its training: a step and any of loss terms and `validation_ndcg@10`."""
+    analyses: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Stage -> what it found: what sensitivity.json and importance.json hold, and `of`, the model looked at."""
     example: Example | None = None
 
 
@@ -61,29 +64,32 @@ def require_report_folder(path: Path) -> None:
 
 
 def write_report(report: Report, folder: Path) -> None:
-    """Write benchmark.json, benchmark.csv, benchmark.md and report.html into a folder."""
+    """Write benchmark.json, benchmark.csv, benchmark.md and report.html into a folder, and a CSV of each other table."""
     from slmrec.report_html import to_html
+    from slmrec.report_tables import csv_files, tables_markdown
 
     write_json(folder / "benchmark.json", report.benchmark)
-    for name, text in (
-        ("benchmark.csv", to_csv(report.benchmark)),
-        ("benchmark.md", to_markdown(report.benchmark)),
-        ("report.html", to_html(report)),
-    ):
+    files = csv_files(report) | {
+        "benchmark.csv": to_csv(report.benchmark),
+        "benchmark.md": to_markdown(report.benchmark) + tables_markdown(report),
+        "report.html": to_html(report),
+    }
+    for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8", newline="")
 
 
 def to_csv(benchmark: Mapping[str, Any]) -> str:
-    """One line per artefact, nested fields with dots in their names, units in them.
-
-    Text that a spreadsheet would run as a formula gets an apostrophe before it.
-    """
+    """One line per artefact, nested fields with dots in their names, units in them."""
     rows = [_flat_row(row) for row in benchmark["rows"]]
     columns = list(dict.fromkeys(name for row in rows for name in row))
+    return csv_text(columns, [[row.get(name) for name in columns] for row in rows])
+
+
+def csv_text(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Lines for a spreadsheet; text that it would run as a formula gets an apostrophe before it."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow([_cell(name) for name in columns])
-    writer.writerows([_cell(row.get(name)) for name in columns] for row in rows)
+    writer.writerows([_cell(value) for value in row] for row in (columns, *rows))
     return stream.getvalue()
 
 
@@ -96,14 +102,14 @@ def to_markdown(benchmark: Mapping[str, Any]) -> str:
         *markdown_table(benchmark),
         "",
         f"Intervals are 95 % (bootstrap over users); speed-ups are medians of paired rounds against "
-        f"{_markdown(benchmark['baseline'])} with their 10th to 90th percentile.",
+        f"{markdown_text(benchmark['baseline'])} with their 10th to 90th percentile.",
         "",
         *recommended_lines(benchmark),
-        f"- Protocol: {_markdown(protocol_of(benchmark))}",
-        f"- Dataset: {_markdown(dataset_line(dataset))}",
-        f"- Machine: {_markdown(machine_line(machine))}",
-        f"- Versions: {_markdown(versions_line(machine))}",
-        *(f"- Floor: {_markdown(line)}" for line in floor_lines(benchmark)),
+        f"- Protocol: {markdown_text(protocol_of(benchmark))}",
+        f"- Dataset: {markdown_text(dataset_line(dataset))}",
+        f"- Machine: {markdown_text(machine_line(machine))}",
+        f"- Versions: {markdown_text(versions_line(machine))}",
+        *(f"- Floor: {markdown_text(line)}" for line in floor_lines(benchmark)),
         *("- Repeat with: `" + " ".join(command.split()).replace("`", "'") + "`" for command in benchmark["commands"]),
     ]
     return "\n".join(lines) + "\n"
@@ -131,7 +137,7 @@ def markdown_table(benchmark: Mapping[str, Any]) -> list[str]:
     for row in benchmark["rows"]:
         latency = row["latency"]["batch_1"]
         cells = [
-            _markdown(row["name"]),
+            markdown_text(row["name"]),
             accuracy_text(row, "ndcg@10"),
             accuracy_text(row, "hr@10"),
             retained_text(row),
@@ -158,11 +164,13 @@ def recommended_lines(benchmark: Mapping[str, Any]) -> list[str]:
     """The artefact to serve and why, and what open load did to each."""
     chosen = benchmark.get("recommended")
     lines = (
-        [] if chosen is None else [f"- To serve: {_markdown(chosen['name'] or 'none')}: {_markdown(chosen['reason'])}"]
+        []
+        if chosen is None
+        else [f"- To serve: {markdown_text(chosen['name'] or 'none')}: {markdown_text(chosen['reason'])}"]
     )
     for row in benchmark["rows"]:
         if row.get("load"):
-            lines.append(f"- {_markdown(row['name'])} {load_text(row['load'])}")
+            lines.append(f"- {markdown_text(row['name'])} {load_text(row['load'])}")
     return lines
 
 
@@ -245,19 +253,25 @@ def protocol_of(benchmark: Mapping[str, Any]) -> str:
 
 
 def dataset_line(dataset: Mapping[str, Any]) -> str:
-    """Write what `dataset.json` counts, and the hash."""
-    counts = [
-        f"{name} {value}" for name, value in dataset.items() if isinstance(value, int | float | str) and name != "hash"
-    ]
-    return ", ".join([*counts, f"hash {str(dataset.get('hash', ''))[:12]}"])
+    """Write what `dataset.json` counts, naughts left out, and the hash.
+
+    >>> dataset_line({"num_users": 943, "num_bad_rows": 0, "mean_length": 106.04, "format": "csv", "hash": "dcab"})
+    '943 users; mean length 106; format csv; hash dcab'
+    """
+    values = {name.replace("_", " "): value for name, value in dataset.items() if name != "hash"}
+    counts = [f"{value:,} {name[4:]}" for name, value in values.items() if name.startswith("num ") and value]
+    means = [f"{name} {number(value)}" for name, value in values.items() if isinstance(value, float)]
+    words = [f"{name} {value}" for name, value in values.items() if isinstance(value, str)]
+    return "; ".join([*counts, *means, *words, f"hash {str(dataset.get('hash', ''))[:12]}"])
 
 
 def machine_line(machine: Mapping[str, Any]) -> str:
     """Describe the machine in a line."""
+    threads = machine.get("threads")
     parts = [
         str(machine.get("cpu")),
         f"{machine.get('usable_cores')} usable of {machine.get('logical_cores')} cores",
-        f"threads {machine.get('threads') or 'as the libraries choose'}",
+        f"threads {', '.join(f'{n} {v}' for n, v in threads.items()) if threads else 'as the libraries choose'}",
         f"memory {bytes_text(machine.get('memory_bytes'))}",
         str(machine["gpu"]) if machine.get("gpu") else "no GPU in use",
         f"load {number(machine.get('load_average_1min'))} before it began",
@@ -297,7 +311,7 @@ def _cell(value: Any) -> Any:
     return defused.replace("\r", " ")  # the csv module leaves a bare carriage return unquoted
 
 
-def _markdown(text: str) -> str:
-    """Untrusted text on one line of a table, unable to open a cell, a tag or a code span."""
+def markdown_text(text: str) -> str:
+    """Untrusted text on one line of a table, unable to open a cell, a tag, a link or a code span."""
     text = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("`", "'")
+    return re.sub(r"([\\|\[\]])", r"\\\1", text).replace("`", "'")

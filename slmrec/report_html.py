@@ -1,7 +1,8 @@
-"""report.html: one self-contained page; everything in it can be read again from the JSON it embeds."""
+"""report.html: one self-contained page; what was measured can be read again from the JSON it embeds."""
 
+import base64
+import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -21,18 +22,21 @@ from slmrec.report import (
     versions_line,
 )
 from slmrec.report_page import SCRIPT, STYLE
-from slmrec.report_plots import Point, Series, curve_plot, shape, thinned, tradeoff_plot
+from slmrec.report_plots import Point, shape, tradeoff_plot
+from slmrec.report_sections import (
+    batches_section,
+    importance_section,
+    scroll,
+    sensitivity_section,
+    stages_section,
+    training_section,
+)
+from slmrec.report_tables import settings_text
 
 KINDS = ("checkpoint", "graph", "engine", "bundle")
-NOT_TERMS = {"step", "epoch", "gradient_norm", "learning_rate", "seconds"}
-TERM_TITLES = {
-    "loss": "Loss, all terms",
-    "ce": "Cross-entropy",
-    "direction": "Direction, by block",
-    "magnitude": "Magnitude, by block",
-    "supervision": "Supervision, by block",
-    "validation_ndcg@10": "NDCG@10 on validation",
-}
+SCRIPT_HASH = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+POLICY = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{SCRIPT_HASH}'"
+"""Nothing is fetched, and no script but the page's own runs, should a name ever get through as one."""
 
 
 def to_html(report: Report) -> str:
@@ -44,16 +48,22 @@ def to_html(report: Report) -> str:
         _recommended(benchmark),
         _table(benchmark),
         _details(benchmark["rows"]),
+        stages_section(benchmark),
+        batches_section(benchmark),
         _example(report.example),
-        _curves(report.curves),
+        training_section(report.curves),
+        sensitivity_section(report.analyses.get("sensitivity")),
+        importance_section(report.analyses.get("importance")),
         _provenance(benchmark),
     ]
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>Accuracy against latency</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(section for section in sections if section)
-        + f'\n</main>\n<script type="application/json" id="benchmark">{script_json(benchmark)}</script>\n'
+        + '\n</main>\n<div class="tip" role="tooltip" hidden></div>\n'
+        f'<script type="application/json" id="benchmark">{script_json(benchmark)}</script>\n'
         f"<script>{SCRIPT}</script>\n</body>\n</html>\n"
     )
 
@@ -68,31 +78,6 @@ def script_json(value: object) -> str:
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def term_groups(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Series]]:
-    """Small multiples of a training: one per term, blocks of a term together, validation last."""
-    points: dict[str, list[tuple[float, float]]] = {}
-    for record in records:
-        for name, value in record.items():
-            if name not in NOT_TERMS and isinstance(value, int | float):
-                points.setdefault(name, []).append((float(record["step"]), float(value)))
-    terms = [name for name in points if name != "loss" and not name.startswith("validation")]
-    if len(terms) == 1:
-        points.pop("loss", None)
-    groups: dict[str, dict[int, list[tuple[float, float]]]] = {}
-    for name in sorted(points, key=lambda name: name.startswith("validation")):
-        block = re.fullmatch(r"(.+)_block_(\d+)", name)
-        group, index = (block.group(1), int(block.group(2))) if block else (name, 0)
-        groups.setdefault(group, {})[index] = points[name]
-    return {group: _series(blocks) for group, blocks in groups.items()}
-
-
-def _series(blocks: Mapping[int, list[tuple[float, float]]]) -> list[Series]:
-    """Deeper blocks are drawn stronger."""
-    ordered = sorted(blocks)
-    shades = [1.0 - 0.55 * (len(ordered) - 1 - place) / max(1, len(ordered) - 1) for place in range(len(ordered))]
-    return [Series(str(index), thinned(blocks[index]), shade) for index, shade in zip(ordered, shades, strict=True)]
-
-
 def _header(benchmark: Mapping[str, Any]) -> str:
     baseline = next(row for row in benchmark["rows"] if row["name"] == benchmark["baseline"])
     others = [row for row in benchmark["rows"] if row is not baseline]
@@ -101,7 +86,18 @@ def _header(benchmark: Mapping[str, Any]) -> str:
     finding = f'<p class="finding">{best[0][1]}</p>' if best else ""
     return (
         f'<header><p class="eyebrow">slmcompress benchmark · {escape(str(benchmark["created"])[:10])}</p>'
-        f"<h1>Accuracy against latency</h1>{finding}</header>"
+        f"<h1>Accuracy against latency</h1>{finding}<p>{escape(_setting(benchmark))}</p></header>"
+    )
+
+
+def _setting(benchmark: Mapping[str, Any]) -> str:
+    """What the reader looks at: models that guess the next item, of whom, and where they were measured."""
+    dataset, machine = benchmark["dataset"], benchmark["machine"]
+    counts = [f"{dataset[f'num_{of}']:,} {of}" for of in ("users", "items", "interactions") if f"num_{of}" in dataset]
+    where = machine.get("gpu") or f"{machine.get('usable_cores')} cores of {machine.get('cpu')}"
+    return (
+        f"Each of these models recommends what a user takes next. They were asked about the same users "
+        f"({', '.join(counts)} in all) in one run on {where}."
     )
 
 
@@ -175,15 +171,19 @@ def _table(benchmark: Mapping[str, Any]) -> str:
     batch = largest_batch(benchmark)
     body = "".join(f"<tr>{_row(row, batch)}</tr>" for row in benchmark["rows"])
     return (
-        '<section><h2>The figures</h2><div class="scroll" role="region" aria-label="Benchmark table" tabindex="0">'
-        f'<table class="figures"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-        f'<p class="note">{escape(protocol_of(benchmark))}. Small figures are 95 % intervals, for speed-ups the 10th '
-        f"to 90th percentile of paired rounds. Kept and speed-up are relative to {escape(benchmark['baseline'])}. "
-        f"Latency of one user a request, {benchmark['settings']['rounds']} interleaved rounds; users/s in "
-        f"batches of {batch}. Memory is the peak of a process of its own. Over floor: how many times the time that its "
-        "arithmetic and bytes take at this machine's best. A column's name sorts by it."
-        + "".join(f"<br>{escape(line)}." for line in floor_lines(benchmark))
-        + "</p></section>"
+        "<section><h2>The figures</h2>"
+        + scroll(
+            "Benchmark table",
+            f'<table class="figures"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>',
+        )
+        + f'<p class="note">{escape(protocol_of(benchmark))}. HR@10: the share of users whose next item is among the '
+        "first ten; NDCG@10: the same, counting less the further down it stands. Small figures are 95 % intervals, for "
+        "speed-ups the 10th to 90th percentile of paired rounds. Kept and speed-up are relative to "
+        f"{escape(benchmark['baseline'])}. Latency of one user a request, {benchmark['settings']['rounds']} "
+        f"interleaved rounds; users/s in batches of {batch}. Memory is the peak of a process of its own. Over "
+        "floor: how many times the time that its arithmetic and bytes take at the machine's best"
+        + "".join(f" ({escape(line)})" for line in floor_lines(benchmark)[:1])
+        + '.</p><p class="note screen">A column\'s name sorts by it.</p></section>'
     )
 
 
@@ -251,8 +251,11 @@ def _details(rows: Sequence[Mapping[str, Any]]) -> str:
     )
     return (
         "<details><summary>Every measured value</summary>"
-        '<div class="scroll" role="region" aria-label="Every measured value" tabindex="0">'
-        f'<table class="all"><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table></div></details>'
+        + scroll(
+            "Every measured value",
+            f'<table class="all"><thead><tr><td></td>{head}</tr></thead><tbody>{body}</tbody></table>',
+        )
+        + "</details>"
     )
 
 
@@ -287,25 +290,6 @@ def _example(example: Example | None) -> str:
     )
 
 
-def _curves(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    parts = []
-    for name, records in curves.items():
-        plots = [
-            f"<figure>{curve_plot(TERM_TITLES.get(term, term.replace('_', ' ')), series)}</figure>"
-            for term, series in term_groups(records).items()
-        ]
-        if plots:
-            parts.append(f'<h3>{escape(name)}</h3><div class="multiples">{"".join(plots)}</div>')
-    if not parts:
-        return ""
-    return (
-        "<section><h2>Training</h2><p>Terms as they enter the loss, over training steps. In a distillation the student "
-        "is held to its teacher block by block; lines are numbered by block, and deeper blocks are drawn stronger.</p>"
-        + "".join(parts)
-        + "</section>"
-    )
-
-
 def _provenance(benchmark: Mapping[str, Any]) -> str:
     machine, dataset = benchmark["machine"], benchmark["dataset"]
     facts = {
@@ -313,13 +297,14 @@ def _provenance(benchmark: Mapping[str, Any]) -> str:
         "Processor features": ", ".join(machine.get("cpu_flags", [])) or "none of those that matter for 8 bits",
         "Versions": versions_line(machine),
         "Dataset": dataset_line(dataset),
-        "Settings": ", ".join(f"{name} {value}" for name, value in benchmark["settings"].items()),
+        "Settings": settings_text(benchmark["settings"]),
     }
     listed = "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
     commands = "\n".join(benchmark["commands"])
     repeat = f"<h3>How to repeat it</h3><pre><code>{escape(commands)}</code></pre>" if commands else ""
     return (
         f"<section><h2>Where this comes from</h2><dl>{listed}</dl>{repeat}"
-        '<p class="note">Absolute times belong to this machine; ratios travel better. The numbers are embedded in this '
-        "page as JSON (element <code>benchmark</code>) and lie beside it in benchmark.json.</p></section>"
+        '<p class="note">Absolute times belong to this machine; ratios travel better. The numbers are embedded in '
+        "this page as JSON (element <code>benchmark</code>) and lie beside it in benchmark.json, benchmark.md and "
+        "CSV files. <code>slmcompress compare OLD NEW</code> tells what a repetition changed.</p></section>"
     )

@@ -2,9 +2,9 @@
 
 STYLE = """
 :root{color-scheme:light dark;--paper:#fcfcfa;--ink:#1c1e21;--soft:#5b6068;--line:#e2e2dd;--wash:#f3f3ef;
---accent:#0b5fa5;--checkpoint:#0072b2;--graph:#c25100;--engine:#a03f77;--bundle:#007d5a}
-@media(prefers-color-scheme:dark){:root{--paper:#15171a;--ink:#e8e8e4;--soft:#a0a6ae;--line:#2d3136;--wash:#1d2024;
---accent:#7cc0f5;--checkpoint:#56b4e9;--graph:#f0954a;--engine:#dd93bd;--bundle:#3cc79b}}
+--accent:#0b5fa5;--strong:60%;--checkpoint:#0072b2;--graph:#c25100;--engine:#a03f77;--bundle:#007d5a}
+@media screen and (prefers-color-scheme:dark){:root{--paper:#15171a;--ink:#e8e8e4;--soft:#a0a6ae;
+--line:#2d3136;--wash:#1d2024;--accent:#7cc0f5;--strong:45%;--checkpoint:#56b4e9;--graph:#f0954a;--engine:#dd93bd;--bundle:#3cc79b}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,
 "Helvetica Neue",Arial,sans-serif;-webkit-text-size-adjust:100%}
@@ -26,12 +26,20 @@ svg .axis,svg .title{fill:var(--ink);font-size:12px;font-weight:600}
 svg .tick{font-variant-numeric:tabular-nums;font-size:11.5px}
 svg .grid{stroke:var(--line);stroke-width:1}
 svg .rule{stroke:var(--soft);stroke-width:1}
+svg .value{font-size:11.5px;fill:var(--ink);paint-order:stroke;stroke:var(--paper);stroke-width:3px}
+svg .behind{fill:none;stroke:var(--line);stroke-width:1.4}
 svg .leader{stroke:var(--soft);stroke-width:.8}
 svg .pareto{fill:none;stroke:var(--soft);stroke-width:1.3;stroke-dasharray:2 4}
 .checkpoint{--kind:var(--checkpoint)}.graph{--kind:var(--graph)}.engine{--kind:var(--engine)}.bundle{--kind:var(--bundle)}
 .whisker line{stroke:var(--kind);stroke-width:1.6;opacity:.65}
 .whisker .faint{opacity:.4;stroke-width:1.2}
 .marker{fill:var(--kind);stroke:var(--paper);stroke-width:1.2}
+.marker .hit{fill:transparent;stroke:none}
+.marker[tabindex]{cursor:pointer;outline:none}
+.marker[tabindex]:focus-visible .hit{stroke:var(--accent);stroke-width:2}
+.tip{position:fixed;z-index:2;max-width:min(340px,calc(100vw - 16px));padding:7px 10px;border-radius:4px;
+background:var(--ink);color:var(--paper);font-size:.82rem;line-height:1.45;white-space:pre-line;overflow-wrap:anywhere;
+pointer-events:none}
 svg .curve{fill:none;stroke:var(--accent);stroke-width:1.6;stroke-linejoin:round;opacity:var(--shade)}
 svg .dot{fill:var(--accent)}
 svg.swatch{display:inline-block;width:14px;height:14px;vertical-align:-2px;flex:none}
@@ -46,7 +54,16 @@ tbody tr:last-child>*{border-bottom:0}
 th:first-child,td:first-child{text-align:left;padding-left:2px;position:sticky;left:0;background:var(--paper)}
 th:last-child,td:last-child{padding-right:2px}
 td small,th small{display:block;color:var(--soft);font-size:.76rem;line-height:1.35}
-.figures th[scope=row]{font-weight:600}
+.figures th[scope=row],.stages th[scope=row]{font-weight:600}
+.stages td:last-child{white-space:normal;text-align:left;font-size:.76rem;color:var(--soft);min-width:26em;
+overflow-wrap:anywhere}
+.stages th[scope=row]{white-space:normal;overflow-wrap:anywhere;min-width:8em;max-width:16em}
+.stages td small{white-space:normal;overflow-wrap:anywhere;max-width:12em;margin-left:auto}
+.stages th:last-child{text-align:left}
+.heat{width:auto}.heat td{background:color-mix(in srgb,var(--accent) calc(var(--heat,0)*var(--strong)),var(--paper));
+border:1px solid var(--paper);min-width:4.2em;print-color-adjust:exact}
+.heat thead th,.layers thead th{color:var(--soft);font-size:.82rem}.layers{width:auto}
+.layers th,.layers td{padding:4px 14px}
 .figures th[scope=row] svg{float:left;margin:4px 7px 0 0}
 .figures th[scope=row] span{display:block;margin-left:21px;white-space:normal;overflow-wrap:anywhere;min-width:8em}
 .figures th[scope=row] small{font-weight:400}
@@ -60,7 +77,7 @@ details{margin:1.4rem 0 0}
 summary{cursor:pointer;color:var(--accent);font-size:.92rem;margin-bottom:.7rem;width:fit-content}
 .all{font-size:.8rem}.all th,.all td{padding:3px 10px}.all thead th{font-weight:600}
 .all td{white-space:normal;min-width:9em}
-.lists{display:grid;grid-template-columns:repeat(auto-fill,minmax(200px,1fr));gap:8px 28px;margin-top:1rem}
+.lists{display:grid;grid-template-columns:repeat(auto-fill,minmax(165px,1fr));gap:8px 22px;margin-top:1rem}
 .lists h3{margin:.6rem 0 .3rem;border-bottom:1px solid var(--line);padding-bottom:.3rem}
 .lists ol,.lists ul{margin:0;padding-left:2em;font-size:.87rem;line-height:1.42}
 .lists ul{list-style:none;padding-left:0;color:var(--soft)}
@@ -76,7 +93,12 @@ code{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 @media(max-width:640px){main{padding:32px 16px 48px}h1{font-size:1.65rem}.finding{font-size:1.05rem}
 svg.wide{display:none}svg.narrow{display:block}dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:.7rem}
 .figures th[scope=row] span{min-width:5.5em;max-width:7em}h2{margin-top:2.4rem}}
-@media print{.scroll{overflow:visible}details{display:none}}
+@media print{details,.tip,.screen,th button::after{display:none!important}:root{color-scheme:light}
+body{font-size:12px}main{max-width:none;padding:0}.scroll{overflow:visible}table{font-size:8.5pt}
+th,td{padding:5px 4px;position:static!important}figure,tr,pre,.lists>div{break-inside:avoid}
+h2,h3{break-after:avoid}thead{display:table-header-group}.stages td:last-child{min-width:0}
+svg.wide{display:block;max-height:120mm}svg.narrow{display:none}.multiples{grid-template-columns:repeat(3,1fr)}
+@page{size:A4;margin:14mm}}
 """
 
 SCRIPT = """
@@ -95,4 +117,20 @@ document.querySelectorAll('.figures thead button').forEach((button, column) => {
     body.append(...known, ...unknown);
   });
 });
+const tip = document.querySelector('.tip'), marks = document.querySelectorAll('.marker[tabindex]');
+const hide = () => { tip.hidden = true; };
+const show = mark => {
+  tip.textContent = mark.getAttribute('aria-label');
+  tip.hidden = false;
+  const at = mark.getBoundingClientRect(), own = tip.getBoundingClientRect();
+  const left = Math.min(at.left + at.width / 2 - own.width / 2, document.documentElement.clientWidth - own.width - 8);
+  tip.style.left = Math.max(8, left) + 'px';
+  tip.style.top = (at.top - own.height - 4 < 0 ? at.bottom + 4 : at.top - own.height - 4) + 'px';
+};
+marks.forEach(mark => {
+  ['pointerenter', 'focus'].forEach(kind => mark.addEventListener(kind, () => show(mark)));
+  ['pointerleave', 'blur'].forEach(kind => mark.addEventListener(kind, hide));
+});
+document.addEventListener('keydown', event => { if (event.key === 'Escape') hide(); });
+document.addEventListener('scroll', hide, true);
 """

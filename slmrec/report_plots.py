@@ -1,7 +1,7 @@
 """Plots as inline SVG: colours come from the page's CSS variables, so one drawing serves light and dark mode."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -33,7 +33,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Frame:
-    """Where data values fall in a drawing; x may be logarithmic."""
+    """Where data values fall in a drawing; either axis may be logarithmic."""
 
     width: int
     height: int
@@ -44,6 +44,7 @@ class Frame:
     x_range: tuple[float, float]
     y_range: tuple[float, float]
     log_x: bool = False
+    log_y: bool = False
 
     def x(self, value: float) -> float:
         """Pixels from the left."""
@@ -55,6 +56,8 @@ class Frame:
     def y(self, value: float) -> float:
         """Pixels from the top."""
         low, high = self.y_range
+        if self.log_y:
+            low, high, value = math.log(low), math.log(high), math.log(value)
         return round(
             self.height - self.bottom - (value - low) / (high - low) * (self.height - self.top - self.bottom), 1
         )
@@ -117,6 +120,7 @@ def tradeoff_plot(points: Sequence[Point], *, width: int, height: int, css_class
     frame = _tradeoff_frame(points, width, height)
     front = " ".join(f"{frame.x(point.latency_ms)},{frame.y(point.accuracy)}" for point in pareto(points))
     parts = [
+        '<g aria-hidden="true">',
         *_x_axis(frame, log_ticks(*frame.x_range)),
         *_y_axis(frame, linear_ticks(*frame.y_range)),
         f'<text class="axis" x="{frame.left}" y="14">NDCG@10</text>',
@@ -124,11 +128,12 @@ def tradeoff_plot(points: Sequence[Point], *, width: int, height: int, css_class
         "p50 latency of one request, ms (log scale)</text>",
         f'<polyline class="pareto" points="{front}"/>',
         *(_whiskers(frame, point) for point in points),
-        *(_marker(frame, point) for point in points),
         *_labels(frame, points),
+        "</g>",
+        *(_marker(frame, point) for point in sorted(points, key=lambda point: point.latency_ms)),
     ]
     label = f"Accuracy against latency of {len(points)} artefacts; the table below holds the same figures."
-    return _svg(width, height, css_class, label, parts)
+    return _svg(width, height, css_class, label, parts, role="group")
 
 
 def curve_plot(title: str, series: Sequence[Series], *, width: int = 280, height: int = 172) -> str:
@@ -136,19 +141,57 @@ def curve_plot(title: str, series: Sequence[Series], *, width: int = 280, height
     frame = _curve_frame(series, width, height)
     parts = [
         f'<text class="title" x="0" y="13">{escape(title)}</text>',
-        *_y_axis(frame, linear_ticks(*frame.y_range, count=3)),
-        *_x_axis(frame, linear_ticks(*frame.x_range, count=3), grid=False),
+        *_y_axis(frame, linear_ticks(*frame.y_range, count=4)),
+        *_x_axis(frame, linear_ticks(*frame.x_range, count=4), grid=False),
     ]
     for line in series:
-        path = " ".join(f"{frame.x(x)},{frame.y(y)}" for x, y in line.points)
-        parts.append(f'<polyline class="curve" style="--shade:{line.shade:.2f}" points="{path}"/>')
+        parts.append(f'<polyline class="curve" style="--shade:{line.shade:.2f}" points="{_path(frame, line.points)}"/>')
         if len(line.points) <= 30:
             dots = (f'<circle class="dot" cx="{frame.x(x)}" cy="{frame.y(y)}" r="2.2"/>' for x, y in line.points)
             parts += dots
     if len(series) > 1:
         parts += _end_labels(frame, series)
-    label = f"{title} over training steps"
-    return _svg(width, height, "small", label, parts)
+    ends = ", ".join(f"{line.points[-1][1]:.3g}" for line in series)
+    return _svg(width, height, "small", f"{title} over training steps, at the end {ends}", parts)
+
+
+def rate_plot(
+    name: str, rates: Mapping[str, Mapping[int, float]], shown: str, *, width: int = 280, height: int = 190
+) -> str:
+    """Users a second over the batch size, both logarithmic: one artefact's strong, the others' faint behind it.
+
+    `rates` holds users a second by artefact and batch size; `shown` is what of the name fits as a title.
+    """
+    sizes = sorted({size for by_size in rates.values() for size in by_size})
+    values = [rate for by_size in rates.values() for rate in by_size.values()]
+    frame = Frame(
+        width, height, left=44, right=22, top=26, bottom=20, x_range=(sizes[0] / 1.2, sizes[-1] * 1.2),
+        y_range=(min(values) / 1.6, max(values) * 1.9), log_x=True, log_y=True,
+    )  # fmt: skip
+    parts = [
+        f'<text class="title" x="0" y="13">{escape(shown)}</text>',
+        *_y_axis(frame, [10.0**power for power in range(-3, 9) if frame.y_range[0] <= 10.0**power <= frame.y_range[1]]),
+        *_x_axis(frame, [float(size) for size in sizes], grid=False),
+    ]
+    for other, by_size in rates.items():
+        if other != name:
+            parts.append(f'<polyline class="behind" points="{_path(frame, sorted(by_size.items()))}"/>')
+    own = sorted(rates[name].items())
+    parts.append(f'<polyline class="curve" style="--shade:1" points="{_path(frame, own)}"/>')
+    for size, rate in own:
+        x, y = frame.x(size), frame.y(rate)
+        parts.append(f'<circle class="dot" cx="{x}" cy="{y}" r="2.8"/>')
+        parts.append(f'<text class="value" x="{x}" y="{y - 8}" text-anchor="middle">{_compact(rate)}</text>')
+    told = ", ".join(f"{_compact(rate)} in batches of {size}" for size, rate in own)
+    return _svg(width, height, "small", f"Users a second of {name}: {told}", parts)
+
+
+def _compact(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _path(frame: Frame, points: Sequence[tuple[float, float]]) -> str:
+    return " ".join(f"{frame.x(x)},{frame.y(y)}" for x, y in points)
 
 
 def thinned(points: Sequence[tuple[float, float]], limit: int = 120) -> list[tuple[float, float]]:
@@ -159,8 +202,7 @@ def thinned(points: Sequence[tuple[float, float]], limit: int = 120) -> list[tup
     """
     if len(points) <= limit:
         return list(points)
-    size = math.ceil(len(points) / limit)
-    groups = [points[start : start + size] for start in range(0, len(points), size)]
+    groups = [points[i * len(points) // limit : (i + 1) * len(points) // limit] for i in range(limit)]
     return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
 
 
@@ -189,7 +231,7 @@ def _x_axis(frame: Frame, ticks: Sequence[float], *, grid: bool = True) -> list[
     for x, tick in spaced:
         if grid:
             parts.append(f'<line class="grid" x1="{x}" x2="{x}" y1="{frame.top}" y2="{base}"/>')
-        label = f"{tick:,.0f}" if tick >= 1000 else f"{tick:g}"
+        label = _tick(tick)
         anchor = "end" if x > frame.width - 16 else "middle"
         parts.append(f'<text class="tick" x="{x}" y="{base + 15}" text-anchor="{anchor}">{label}</text>')
     return parts
@@ -208,8 +250,12 @@ def _y_axis(frame: Frame, ticks: Sequence[float]) -> list[str]:
     for tick in ticks:
         y = frame.y(tick)
         parts.append(f'<line class="grid" x1="{frame.left}" x2="{frame.width - frame.right}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<text class="tick" x="{frame.left - 7}" y="{y + 4}" text-anchor="end">{tick:g}</text>')
+        parts.append(f'<text class="tick" x="{frame.left - 7}" y="{y + 4}" text-anchor="end">{_tick(tick)}</text>')
     return parts
+
+
+def _tick(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:g}"
 
 
 def _whiskers(frame: Frame, point: Point) -> str:
@@ -222,12 +268,16 @@ def _whiskers(frame: Frame, point: Point) -> str:
 
 
 def _marker(frame: Frame, point: Point) -> str:
-    """Draw a shape of its own for every kind, so that colour is never the only sign."""
+    """Draw a shape of its own for every kind, so that colour is never the only sign; it is reached by Tab."""
     x, y = frame.x(point.latency_ms), frame.y(point.accuracy)
     tip = (
-        f"{point.name}: NDCG@10 {point.accuracy:.4f} [{point.low:.4f}, {point.high:.4f}], p50 {point.latency_ms:.3g} ms"
+        f"{point.name}\nNDCG@10 {point.accuracy:.4f}, 95 % interval {point.low:.4f} to {point.high:.4f}\n"
+        f"p50 {point.latency_ms:.3g} ms, p90 {point.latency_p90_ms:.3g} ms"
     )
-    return f'<g class="marker {escape(point.kind)}"><title>{escape(tip)}</title>{shape(point.kind, x, y)}</g>'
+    return (
+        f'<g class="marker {escape(point.kind)}" tabindex="0" role="img" aria-label="{escape(tip)}">'
+        f'<circle class="hit" cx="{x}" cy="{y}" r="12"/>{shape(point.kind, x, y)}</g>'
+    )
 
 
 def shape(kind: str, x: float, y: float) -> str:
@@ -273,19 +323,19 @@ def _free_place(frame: Frame, x: float, y: float, width: float, taken: Sequence[
 
 
 def _end_labels(frame: Frame, series: Sequence[Series]) -> list[str]:
-    """Labels at the lines' ends, pushed apart from the top down."""
-    ends = sorted((frame.y(line.points[-1][1]), line.label) for line in series)
-    lowest, parts = -math.inf, []
+    """Labels at the lines' ends, pushed apart from the bottom up."""
+    ends = sorted(((frame.y(line.points[-1][1]), line.label) for line in series), reverse=True)
+    highest, parts = frame.height - frame.bottom + 6.0, []
     for y, label in ends:
-        lowest = max(y, lowest + 11)
+        highest = min(y, highest - 11)
         x = frame.width - frame.right + 5
-        parts.append(f'<text class="tick" x="{x}" y="{lowest + 4:.1f}">{escape(label)}</text>')
+        parts.append(f'<text class="tick" x="{x}" y="{highest + 4:.1f}">{escape(label)}</text>')
     return parts
 
 
-def _svg(width: int, height: int, css_class: str, label: str, parts: Sequence[str]) -> str:
+def _svg(width: int, height: int, css_class: str, label: str, parts: Sequence[str], role: str = "img") -> str:
     return (
-        f'<svg class="{css_class}" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">'
+        f'<svg class="{css_class}" viewBox="0 0 {width} {height}" role="{role}" aria-label="{escape(label)}">'
         + "".join(parts)
         + "</svg>"
     )

@@ -23,12 +23,13 @@ from benchmarked import (
     row_of,
 )
 
-from slmrec.benchmark import Entrant, read_curves, run_benchmark
+from slmrec.benchmark import Entrant, run_benchmark
 from slmrec.dataset import Dataset
 from slmrec.errors import ArtifactError, ConfigError
 from slmrec.recommender import Histories, TopK
 from slmrec.report import Report, to_csv, to_markdown, write_report
 from slmrec.report_html import to_html
+from slmrec.report_sources import read_training
 
 
 @pytest.fixture
@@ -142,7 +143,7 @@ def test_the_example_is_a_real_user_and_marks_what_came_next(report: Report, dat
 def test_curves_come_from_the_artefacts_training_records(report: Report, entrants: list[Entrant]) -> None:
     assert report.curves["student"] == [{"step": 1, "ce": 3.0}, {"step": 2, "ce": 2.0}]
     (entrants[0].artifact.path / "training.jsonl").unlink()
-    assert read_curves(entrants[0].artifact) == []
+    assert read_training(entrants[0].artifact) == []
 
 
 def test_benchmark_json_is_read_back_as_it_was_and_refuses_nan(report: Report, tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ from benchmarked import CONFIG, EVIL, MEMORY, check_page, make_data, make_entran
 from slmrec.benchmark import Entrant, run_benchmark
 from slmrec.dataset import Dataset
 from slmrec.report import Example, ExampleItem, Report
-from slmrec.report_html import term_groups, to_html
+from slmrec.report_html import to_html
 from slmrec.report_plots import Point, pareto
+from slmrec.report_sections import term_groups
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from slmrec.cli.options import common_options, data_option, model_option, output_option, print_result, say
+from slmrec.cli.options import common_options, data_option, model_option, output_option, print_result, runs_folder, say
 from slmrec.errors import ArtifactError, ConfigError
 
 if TYPE_CHECKING:
@@ -124,6 +124,7 @@ def benchmark(
     from slmrec.cli.loading import choose, resolve_output
     from slmrec.config import BenchmarkConfig, settings_of
     from slmrec.report import floor_lines, load_text, markdown_table, require_report_folder, write_report
+    from slmrec.report_sources import find_analyses
 
     bounds = Constraints(max_latency_ms=parse_latency(max_latency_ms), min_ndcg=min_ndcg, max_size_mb=max_size_mb)
     config = BenchmarkConfig(constraints=bounds, **settings)
@@ -132,6 +133,7 @@ def benchmark(
     dataset = _load_data(data)
     names = row_names(artifacts)
     opened = {name: choose(path, "", MADE_BY, *RECOMMENDS) for name, path in zip(names, artifacts, strict=True)}
+    analyses = find_analyses(runs_folder(), opened)
     stage = Stage(
         name="benchmark",
         kind="report",
@@ -140,7 +142,7 @@ def benchmark(
     )
     with publish(target, stage) as folder:
         report = _measure(opened, dataset, config, baseline=baseline, device=device, memory=memory)
-        report = replace(report, benchmark={**report.benchmark, "commands": [_command()]})
+        report = replace(report, benchmark={**report.benchmark, "commands": [_command()]}, analyses=analyses)
         write_report(report, folder)
     say(f"wrote {target / 'report.html'} and benchmark.json, .csv and .md beside it")
     chosen = report.benchmark["recommended"]

@@ -168,8 +168,10 @@ def _benchmark(rows: "dict[str, Artifact]", data: "Dataset", config: BenchmarkCo
     from slmrec.config import settings_of
     from slmrec.latency import measure_memory
     from slmrec.report import require_report_folder, write_report
+    from slmrec.report_sources import find_analyses
 
     require_report_folder(output)
+    analyses = find_analyses(output.parent, rows)
     entrants = [Entrant(name, artifact, load_recommender(artifact)) for name, artifact in rows.items()]
     report = run_benchmark(
         entrants,
@@ -179,7 +181,8 @@ def _benchmark(rows: "dict[str, Artifact]", data: "Dataset", config: BenchmarkCo
         memory=lambda artifact: measure_memory(artifact.path, data.artifact.path),
         say=say,
     )
-    report = replace(report, benchmark={**report.benchmark, "commands": [shlex.join(["slmcompress", *sys.argv[1:]])]})
+    commands = [shlex.join(["slmcompress", *sys.argv[1:]])]
+    report = replace(report, benchmark={**report.benchmark, "commands": commands}, analyses=analyses)
     stage = Stage(
         name="benchmark", kind="report", settings=settings_of(config), parents={"data": data.artifact, **rows}
     )
