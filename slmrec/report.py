@@ -64,7 +64,7 @@ def require_report_folder(path: Path) -> None:
 
 
 def write_report(report: Report, folder: Path) -> None:
-    """Write benchmark.json, benchmark.csv, benchmark.md and report.html into a folder, and a CSV of each other table."""
+    """Write benchmark.json, .csv and .md and report.html into a folder, and a CSV of each further table."""
     from slmrec.report_html import to_html
     from slmrec.report_tables import csv_files, tables_markdown
 

@@ -96,8 +96,9 @@ def _setting(benchmark: Mapping[str, Any]) -> str:
     counts = [f"{dataset[f'num_{of}']:,} {of}" for of in ("users", "items", "interactions") if f"num_{of}" in dataset]
     where = machine.get("gpu") or f"{machine.get('usable_cores')} cores of {machine.get('cpu')}"
     return (
-        f"Each of these models recommends what a user takes next. They were asked about the same users "
-        f"({', '.join(counts)} in all) in one run on {where}."
+        "Each of these models recommends what a user takes next. All answered the same test users in one run on "
+        + where
+        + (f"; the data: {', '.join(counts)}." if counts else ".")
     )
 
 

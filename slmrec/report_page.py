@@ -7,7 +7,7 @@ STYLE = """
 --line:#2d3136;--wash:#1d2024;--accent:#7cc0f5;--strong:45%;--checkpoint:#56b4e9;--graph:#f0954a;--engine:#dd93bd;--bundle:#3cc79b}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,
-"Helvetica Neue",Arial,sans-serif;-webkit-text-size-adjust:100%}
+"Helvetica Neue",Arial,sans-serif;-webkit-text-size-adjust:100%;overflow-wrap:anywhere}
 main{max-width:1040px;margin:0 auto;padding:56px 24px 72px}
 h1{font-size:2.1rem;line-height:1.15;letter-spacing:-.02em;margin:.15em 0 .5em;font-weight:650}
 h2{font-size:1.2rem;letter-spacing:-.01em;margin:3.2rem 0 .9rem;font-weight:650}
@@ -58,17 +58,19 @@ td small,th small{display:block;color:var(--soft);font-size:.76rem;line-height:1
 .stages td:last-child{white-space:normal;text-align:left;font-size:.76rem;color:var(--soft);min-width:26em;
 overflow-wrap:anywhere}
 .stages th[scope=row]{white-space:normal;overflow-wrap:anywhere;min-width:8em;max-width:16em}
+.stages th small{font-weight:400}.stages th b{color:var(--ink)}
 .stages td small{white-space:normal;overflow-wrap:anywhere;max-width:12em;margin-left:auto}
 .stages th:last-child{text-align:left}
 .heat{width:auto}.heat td{background:color-mix(in srgb,var(--accent) calc(var(--heat,0)*var(--strong)),var(--paper));
 border:1px solid var(--paper);min-width:4.2em;print-color-adjust:exact}
-.heat thead th,.layers thead th{color:var(--soft);font-size:.82rem}.layers{width:auto}
+.heat td:last-child{padding-right:7px}.layers{width:auto}
+.scroll:has(.heat,.layers){width:fit-content;max-width:100%}
 .layers th,.layers td{padding:4px 14px}
 .figures th[scope=row] svg{float:left;margin:4px 7px 0 0}
 .figures th[scope=row] span{display:block;margin-left:21px;white-space:normal;overflow-wrap:anywhere;min-width:8em}
 .figures th[scope=row] small{font-weight:400}
-thead th{vertical-align:bottom;padding:6px 9px}
-th button{all:unset;cursor:pointer;color:var(--soft);font-size:.82rem}
+thead th{vertical-align:bottom;padding:6px 9px;color:var(--soft);font-size:.82rem}
+th button{all:unset;cursor:pointer}
 th button:focus-visible{outline:2px solid var(--accent);outline-offset:2px}
 th button:hover,th[aria-sort$=ing] button{color:var(--ink)}
 th[aria-sort=ascending] button::after{content:" \\2191"}
@@ -92,9 +94,10 @@ padding:12px 14px;font-size:.84rem;border-radius:4px}
 code{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 @media(max-width:640px){main{padding:32px 16px 48px}h1{font-size:1.65rem}.finding{font-size:1.05rem}
 svg.wide{display:none}svg.narrow{display:block}dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:.7rem}
-.figures th[scope=row] span{min-width:5.5em;max-width:7em}h2{margin-top:2.4rem}}
-@media print{details,.tip,.screen,th button::after{display:none!important}:root{color-scheme:light}
-body{font-size:12px}main{max-width:none;padding:0}.scroll{overflow:visible}table{font-size:8.5pt}
+.figures th[scope=row] span{min-width:5.5em;max-width:7em}
+.stages td:last-child{min-width:46em}h2{margin-top:2.4rem}}
+@media print{details,.tip,.screen,th button::after{display:none!important}:root{color-scheme:light;font-size:12px}
+body{font-size:1rem}main{max-width:none;padding:0}.scroll{overflow:visible}table{font-size:8.5pt}
 th,td{padding:5px 4px;position:static!important}figure,tr,pre,.lists>div{break-inside:avoid}
 h2,h3{break-after:avoid}thead{display:table-header-group}.stages td:last-child{min-width:0}
 svg.wide{display:block;max-height:120mm}svg.narrow{display:none}.multiples{grid-template-columns:repeat(3,1fr)}

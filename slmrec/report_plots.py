@@ -246,11 +246,15 @@ def _spaced(ticks: Sequence[tuple[float, float]], gap: float) -> list[tuple[floa
 
 
 def _y_axis(frame: Frame, ticks: Sequence[float]) -> list[str]:
+    texts = [_tick(tick) for tick in ticks]
+    decimals = max((len(text.partition(".")[2]) for text in texts), default=0)
+    if not frame.log_y and not any("e" in text for text in texts):
+        texts = [f"{tick:,.{decimals}f}" for tick in ticks]
     parts = []
-    for tick in ticks:
+    for tick, text in zip(ticks, texts, strict=True):
         y = frame.y(tick)
         parts.append(f'<line class="grid" x1="{frame.left}" x2="{frame.width - frame.right}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<text class="tick" x="{frame.left - 7}" y="{y + 4}" text-anchor="end">{_tick(tick)}</text>')
+        parts.append(f'<text class="tick" x="{frame.left - 7}" y="{y + 4}" text-anchor="end">{text}</text>')
     return parts
 
 

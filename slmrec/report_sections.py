@@ -50,7 +50,7 @@ def _stage_row(row: Sequence[Any]) -> str:
     cells = [
         f"{number(faster)}×{over}" if faster is not None else "",
         f"{100 * kept:.1f} %{over}" if kept is not None else "",
-        f"{100 * size:.3g} %{over}" if size is not None else "",
+        f"{number(size)}×{over}" if size is not None else "",
     ]
     return (
         f'<tr><th scope="row">{escape(stage)}{made}</th>'
