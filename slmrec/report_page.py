@@ -58,6 +58,7 @@ td small,th small{display:block;color:var(--soft);font-size:.76rem;line-height:1
 .stages td:last-child{white-space:normal;text-align:left;font-size:.76rem;color:var(--soft);min-width:26em;
 overflow-wrap:anywhere}
 .stages th[scope=row]{white-space:normal;overflow-wrap:anywhere;min-width:8em;max-width:16em}
+.stages td:not(:last-child){min-width:6.5em}b{unicode-bidi:isolate}
 .stages th small{font-weight:400}.stages th b{color:var(--ink)}
 .stages td small{white-space:normal;overflow-wrap:anywhere;max-width:12em;margin-left:auto}
 .stages th:last-child{text-align:left}
@@ -65,7 +66,7 @@ overflow-wrap:anywhere}
 border:1px solid var(--paper);min-width:4.2em;print-color-adjust:exact}
 .heat td:last-child{padding-right:7px}.layers{width:auto}
 .scroll:has(.heat,.layers){width:fit-content;max-width:100%}
-.layers th,.layers td{padding:4px 14px}
+.layers th,.layers td{padding:4px 10px}.layers thead th{white-space:normal}
 .figures th[scope=row] svg{float:left;margin:4px 7px 0 0}
 .figures th[scope=row] span{display:block;margin-left:21px;white-space:normal;overflow-wrap:anywhere;min-width:8em}
 .figures th[scope=row] small{font-weight:400}
@@ -98,7 +99,8 @@ svg.wide{display:none}svg.narrow{display:block}dl{grid-template-columns:1fr;gap:
 .stages td:last-child{min-width:46em}h2{margin-top:2.4rem}}
 @media print{details,.tip,.screen,th button::after{display:none!important}:root{color-scheme:light;font-size:12px}
 body{font-size:1rem}main{max-width:none;padding:0}.scroll{overflow:visible}table{font-size:8.5pt}
-th,td{padding:5px 4px;position:static!important}figure,tr,pre,.lists>div{break-inside:avoid}
+th,td{padding:5px 4px;position:static!important}figure,tr,pre,.lists>div,.figures,.heat,.layers{break-inside:avoid}
+.lists{grid-template-columns:repeat(auto-fill,minmax(110px,1fr));gap:8px 14px}
 h2,h3{break-after:avoid}thead{display:table-header-group}.stages td:last-child{min-width:0}
 svg.wide{display:block;max-height:120mm}svg.narrow{display:none}.multiples{grid-template-columns:repeat(3,1fr)}
 @page{size:A4;margin:14mm}}

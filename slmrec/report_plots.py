@@ -275,7 +275,7 @@ def _marker(frame: Frame, point: Point) -> str:
     """Draw a shape of its own for every kind, so that colour is never the only sign; it is reached by Tab."""
     x, y = frame.x(point.latency_ms), frame.y(point.accuracy)
     tip = (
-        f"{point.name}\nNDCG@10 {point.accuracy:.4f}, 95 % interval {point.low:.4f} to {point.high:.4f}\n"
+        f"{point.name}\nNDCG@10 {point.accuracy:.4f} (95 %: {point.low:.4f} to {point.high:.4f})\n"
         f"p50 {point.latency_ms:.3g} ms, p90 {point.latency_p90_ms:.3g} ms"
     )
     return (
