@@ -5,6 +5,8 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Protocol
 
 import numpy as np
 
@@ -16,10 +18,19 @@ class QueueFullError(Exception):
     """More users wait than may."""
 
 
+class Answering(Recommender, Protocol):
+    """A recommender that can also be told the only items there are for each user."""
+
+    def recommend_among(self, histories: Histories, candidate_ids: Ragged, k: int) -> TopK:
+        """As `recommend`, from each user's candidates alone."""
+        ...
+
+
 @dataclass(eq=False)
 class _Waiting:
     histories: Histories
     k: int
+    allowed: Ragged | None
     answer: "asyncio.Future[TopK]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
@@ -36,7 +47,7 @@ class Batcher:
     """
 
     def __init__(
-        self, recommender: Recommender, *, max_batch: int, max_queue: int, seen: Callable[[int], None] = lambda n: None
+        self, recommender: Answering, *, max_batch: int, max_queue: int, seen: Callable[[int], None] = lambda n: None
     ) -> None:
         self.recommender, self.max_batch, self.max_queue, self._seen = recommender, max_batch, max_queue, seen
         self.num_waiting = 0
@@ -44,8 +55,13 @@ class Batcher:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="recommend")
         self._task: asyncio.Task[None] | None = None
 
-    async def recommend(self, histories: Histories, k: int, timeout_s: float) -> TopK:
-        """The recommender's answer.
+    @property
+    def is_full(self) -> bool:
+        """Whether there is no room for anybody."""
+        return self.num_waiting >= self.max_queue
+
+    async def recommend(self, histories: Histories, k: int, timeout_s: float, allowed: Ragged | None = None) -> TopK:
+        """The recommender's answer; `allowed` holds the only items for each user.
 
         Raises:
             QueueFullError: there is no room for these users.
@@ -53,7 +69,7 @@ class Batcher:
         """
         if self.num_waiting + len(histories) > self.max_queue:
             raise QueueFullError
-        entry = _Waiting(histories, k)
+        entry = _Waiting(histories, k, allowed)
         self._queue.append(entry)
         self.num_waiting += len(histories)
         if self._task is None or self._task.done():
@@ -95,15 +111,27 @@ class Batcher:
         return batch
 
     def _answer(self, batch: list[_Waiting]) -> list[TopK]:
-        whole = Histories(*(_joined([part(entry) for entry in batch]) for part in (_items, _excluded)))
-        self._seen(len(whole))
-        found = self.recommender.recommend(whole, max(entry.k for entry in batch))
-        ends = np.cumsum([len(entry.histories) for entry in batch])
-        answers = []
-        for entry, end in zip(batch, ends.tolist(), strict=True):
-            rows = slice(end - len(entry.histories), end)
-            answers.append(TopK(found.item_ids[rows, : entry.k], found.scores[rows, : entry.k]))
-        return answers
+        """Answers in the order of the batch; those that may be given anything are computed apart from the others."""
+        self._seen(sum(len(entry.histories) for entry in batch))
+        answers: dict[_Waiting, TopK] = {}
+        for is_free, part in groupby(sorted(batch, key=_is_free), _is_free):
+            entries = list(part)
+            whole = Histories(*(_joined([ids(entry) for entry in entries]) for ids in (_items, _excluded)))
+            k = max(entry.k for entry in entries)
+            if is_free:
+                found = self.recommender.recommend(whole, k)
+            else:
+                among = _joined([entry.allowed for entry in entries if entry.allowed is not None])
+                found = self.recommender.recommend_among(whole, among, k)
+            ends = np.cumsum([len(entry.histories) for entry in entries])
+            for entry, end in zip(entries, ends.tolist(), strict=True):
+                rows = slice(end - len(entry.histories), end)
+                answers[entry] = TopK(found.item_ids[rows, : entry.k], found.scores[rows, : entry.k])
+        return [answers[entry] for entry in batch]
+
+
+def _is_free(entry: _Waiting) -> bool:
+    return entry.allowed is None
 
 
 def _items(entry: _Waiting) -> Ragged:

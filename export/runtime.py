@@ -28,6 +28,8 @@ MAX_TOP_K = 3840
 MAX_BATCH = 256
 EXCLUDE_STEP = 32
 """Exclusions are padded to multiples of this; they only mask, so their width may follow the batch."""
+MAX_CANDIDATES = 2**16
+"""Scored at once, of all users together: each takes an item vector's memory."""
 
 
 class OnnxRecommender:
@@ -110,23 +112,47 @@ class OnnxRecommender:
         """
         Histories(histories.item_ids, candidate_ids).check(self.num_items)
         histories.check(self.num_items)
-        session = self._reranker()
+        session, keep_history = self._reranker(), bool(self.signature["keep_history"])
         found: list[np.ndarray] = [np.zeros(0, np.float32)] * len(histories)
-        windows = histories.item_ids.newest(int(self.signature["max_history"]))
-        for rows, width in self._batches(windows.lengths):
-            candidates = candidate_ids.select(rows)
-            widest = int(candidates.lengths.max(initial=0))
-            request = {
-                "item_ids": windows.select(rows).pad_left(width),
-                "exclude_ids": _exclusions(histories.select(rows), keep_history=bool(self.signature["keep_history"])),
-                "candidate_ids": candidates.pad_left(-(-widest // EXCLUDE_STEP) * EXCLUDE_STEP),
-            }
-            [scores] = session.run(["scores"], request)
-            if np.isnan(scores).any():
-                raise nan_scores()
-            for row, own, length in zip(rows, scores, candidates.lengths, strict=True):
-                found[row] = own[len(own) - length :]
+        windows, nobody = histories.item_ids.newest(int(self.signature["max_history"])), np.zeros((1, 0), np.int64)
+        for batch, width in self._batches(windows.lengths):
+            for rows in _bounded(batch, candidate_ids.lengths):
+                candidates = candidate_ids.select(rows)
+                request = {
+                    "item_ids": windows.select(rows).pad_left(width),
+                    "exclude_ids": np.repeat(nobody, len(rows), axis=0),
+                    "candidate_ids": candidates.pad_left(_stepped(candidates.lengths)),
+                }
+                [scores] = session.run(["scores"], request)
+                if np.isnan(scores).any():
+                    raise nan_scores()
+                for row, own, ids in zip(rows.tolist(), scores, candidates, strict=True):
+                    gone = _gone(histories.item_ids[row], histories.exclude_ids[row], keep_history=keep_history)
+                    found[row] = np.where(np.isin(ids, gone), np.float32(-np.inf), own[len(own) - len(ids) :])
         return found
+
+    def recommend_among(self, histories: Histories, candidate_ids: Ragged, k: int) -> TopK:
+        """As `recommend`, but each user is given the best of his own candidates alone; their order says nothing."""
+        check_top_k(k, self.max_top_k)
+        new = histories.item_ids.lengths == 0
+        histories.check(self.num_items, newcomers=bool(new.any()) and self.num_interactions is not None)
+        items = np.full((len(histories), k), PAD, dtype=np.int64)
+        scores = np.full((len(histories), k), -np.inf, dtype=np.float32)
+        sets = Ragged.from_rows([np.unique(row) for row in candidate_ids])
+        known = np.flatnonzero(~new)
+        found = dict(zip(known.tolist(), self.rerank(histories.select(known), sets.select(known)), strict=True))
+        for row, ids in enumerate(sets):
+            own = found[row] if row in found else self._popularity(histories.exclude_ids[row], ids)
+            best = np.argsort(-own, kind="stable")[:k]  # ids ascend, so ties go to the smaller one
+            best = best[own[best] > -np.inf]
+            items[row, : len(best)], scores[row, : len(best)] = ids[best], own[best]
+        return TopK(items, scores)
+
+    def _popularity(self, excluded: np.ndarray, ids: np.ndarray) -> Float32[np.ndarray, " ids"]:
+        """What a user without a history scores items by; -inf for those he must not be given."""
+        assert self.num_interactions is not None
+        counts = self.num_interactions[ids - 1]
+        return np.where((counts < 0) | np.isin(ids, excluded), -np.inf, counts).astype(np.float32)
 
     def user_vectors(self, histories: Histories) -> Float32[np.ndarray, "users width"]:
         """What item outputs are multiplied by: scores are the products, plus offsets."""
@@ -208,16 +234,29 @@ def _check_ids(**arrays: np.ndarray) -> None:
 
 def _exclusions(histories: Histories, *, keep_history: bool) -> np.ndarray:
     """Everything a user must not be given: the exclusions and, beyond the window too, the history."""
-    return exclusions(
-        [
-            excluded if keep_history else np.concatenate([history, excluded])
-            for history, excluded in zip(histories.item_ids, histories.exclude_ids, strict=True)
-        ]
-    )
+    pairs = zip(histories.item_ids, histories.exclude_ids, strict=True)
+    return exclusions([_gone(history, excluded, keep_history=keep_history) for history, excluded in pairs])
+
+
+def _gone(history: np.ndarray, excluded: np.ndarray, *, keep_history: bool) -> np.ndarray:
+    return excluded if keep_history else np.concatenate([history, excluded])
 
 
 def exclusions(rows: Sequence[np.ndarray]) -> Int64[np.ndarray, "batch excluded"]:
     """Ids of each user once, padded to a multiple of 32."""
     ragged = Ragged.from_rows([np.unique(row) for row in rows])
-    longest = int(ragged.lengths.max(initial=0))
-    return ragged.pad_left(-(-longest // EXCLUDE_STEP) * EXCLUDE_STEP)
+    return ragged.pad_left(_stepped(ragged.lengths))
+
+
+def _stepped(lengths: np.ndarray) -> int:
+    return -(-int(lengths.max(initial=0)) // EXCLUDE_STEP) * EXCLUDE_STEP
+
+
+def _bounded(rows: np.ndarray, lengths: np.ndarray) -> Iterator[np.ndarray]:
+    """Rows in parts whose candidates, padded, are no more than `MAX_CANDIDATES` (a single row aside)."""
+    rows = rows[np.argsort(lengths[rows], kind="stable")]
+    while len(rows):
+        padded = np.arange(1, len(rows) + 1) * lengths[rows]
+        count = max(1, int(np.searchsorted(padded, MAX_CANDIDATES, side="right")))
+        yield rows[:count]
+        rows = rows[count:]

@@ -2,15 +2,17 @@
 
 import hashlib
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float32
 
-from export.runtime import APPEND_FILE, DATA_FILES, OnnxRecommender, exclusions, nan_scores
+from export.runtime import APPEND_FILE, DATA_FILES, MAX_BATCH, OnnxRecommender, exclusions, nan_scores
 from slmrec.errors import ConfigError
+from slmrec.ragged import Ragged
 from slmrec.recommender import PAD, Histories, TopK, check_top_k
 
 OUTPUTS = ["top_items", "top_scores", "new_keys", "new_values"]
@@ -43,6 +45,8 @@ class StateStore:
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes, self.size_bytes = max_bytes, 0
+        self.hits = self.misses = 0
+        """Users who were answered from a state, and who were not."""
         self._states: OrderedDict[bytes, UserState] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -53,6 +57,16 @@ class StateStore:
             if state is not None:
                 self._states.move_to_end(key)
             return state
+
+    def first(self, keys: Iterable[bytes]) -> tuple[int, UserState] | None:
+        """Place and state of the first key that has one, which counts as a hit; none at all is a miss."""
+        for place, key in enumerate(keys):
+            state = self.get(key)
+            if state is not None:
+                self.hits += 1
+                return place, state
+        self.misses += 1
+        return None
 
     def put(self, key: bytes, state: UserState) -> None:
         """Keep a state; one that is larger than the whole budget is not kept."""
@@ -65,6 +79,16 @@ class StateStore:
             self.size_bytes += state.size_bytes
             while self.size_bytes > self.max_bytes:
                 self.size_bytes -= self._states.popitem(last=False)[1].size_bytes
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A user: where his answer goes, his history, how much of it the state holds, and the state."""
+
+    row: int
+    history: np.ndarray
+    known: int
+    state: UserState
 
 
 class AppendingRecommender:
@@ -98,48 +122,85 @@ class AppendingRecommender:
         return self.full.max_top_k
 
     def recommend(self, histories: Histories, k: int) -> TopK:
-        """Rank the catalogue for each history, one user after the other."""
+        """Rank the catalogue for each history; those with as much in their states and as much new go together."""
         histories.check(self.num_items, newcomers=self.full.num_interactions is not None)
         check_top_k(k, self.max_top_k)
         items = np.full((len(histories), k), PAD, dtype=np.int64)
         scores = np.full((len(histories), k), -np.inf, dtype=np.float32)
-        for row, (history, excluded) in enumerate(zip(histories.item_ids, histories.exclude_ids, strict=True)):
-            if not len(history) or len(history) > int(self.full.signature["max_history"]):
-                answer = self.full.recommend(histories.select(np.array([row])), k)
-                items[row], scores[row] = answer.item_ids[0], answer.scores[0]
-                continue
-            found, best = self._append(history, excluded)
-            kept = min(k, len(found))
-            items[row, :kept], scores[row, :kept] = found[:kept], best[:kept]
+        lengths = histories.item_ids.lengths
+        kept = (lengths > 0) & (lengths <= int(self.full.signature["max_history"]))
+        others = np.flatnonzero(~kept)
+        if others.size:
+            answer = self.full.recommend(histories.select(others), k)
+            items[others], scores[others] = answer.item_ids, answer.scores
+        alike: defaultdict[tuple[int, int], list[_Row]] = defaultdict(list)
+        for row in np.flatnonzero(kept).tolist():
+            one = self._with_state(row, histories.item_ids[row])
+            alike[self._widths(one)].append(one)
+        for widths, users in alike.items():
+            for start in range(0, len(users), MAX_BATCH):
+                part = users[start : start + MAX_BATCH]
+                rows = [one.row for one in part]
+                found, best = self._append(part, widths, [histories.exclude_ids[row] for row in rows])
+                own = min(k, found.shape[1])
+                items[rows, :own], scores[rows, :own] = found[:, :own], best[:, :own]
         return TopK(items, scores)
 
-    def _append(self, history: np.ndarray, excluded: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        known, state = self._newest_state(history)
+    def recommend_among(self, histories: Histories, candidate_ids: Ragged, k: int) -> TopK:
+        """As `OnnxRecommender.recommend_among`; states play no part in it."""
+        return self.full.recommend_among(histories, candidate_ids, k)
+
+    def _append(
+        self, users: list[_Row], widths: tuple[int, int], excluded: list[np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Answers of users whose pasts and new items are padded to these widths; their states are kept."""
+        past, new = widths
         request = {
-            "new_item": history[None, known:], "seen_ids": history[None, :known],
-            "past_length": np.array([known], dtype=np.int64),
-            "past_keys": state.keys[None], "past_values": state.values[None],
-            "exclude_ids": exclusions([excluded]),
-        }  # fmt: skip
+            "new_item": Ragged.from_rows([one.history[one.known :] for one in users]).pad_left(new),
+            "seen_ids": Ragged.from_rows([one.history[: one.known] for one in users]).pad_left(past),
+            "past_length": np.array([one.known for one in users], dtype=np.int64),
+            "past_keys": _joined([one.state.keys for one in users], past),
+            "past_values": _joined([one.state.values for one in users], past),
+            "exclude_ids": exclusions(excluded),
+        }
         found, best, keys, values = self.session.run(OUTPUTS, request)
         if np.isnan(best).any():
             raise nan_scores()
-        whole = UserState(
-            np.concatenate([state.keys, keys[0]], axis=2), np.concatenate([state.values, values[0]], axis=2)
-        )
-        self.store.put(self._key(history), whole)
-        return found[0], best[0]
+        for one, new_keys, new_values in zip(users, keys, values, strict=True):
+            pairs = (one.state.keys, new_keys), (one.state.values, new_values)
+            real = new - (len(one.history) - one.known)
+            whole = [np.concatenate([old, added[:, :, real:]], axis=2) for old, added in pairs]
+            self.store.put(self._key(one.history), UserState(*whole))
+        return found, best
 
-    def _newest_state(self, history: np.ndarray) -> tuple[int, UserState]:
-        """The longest beginning of a history, itself aside, whose state is there."""
-        for known in range(len(history) - 1, max(0, len(history) - 1 - MOST_NEW_ITEMS), -1):
-            state = self.store.get(self._key(history[:known]))
-            if state is not None:
-                return known, state
-        return 0, self.nothing
+    def _with_state(self, row: int, history: np.ndarray) -> _Row:
+        """With the state of the longest beginning that is there; of all but the newest item, which has to be new."""
+        size = len(history)
+        beginnings = range(size, max(0, size - 1 - MOST_NEW_ITEMS), -1) if size > 1 else ()
+        found = self.store.first(self._key(history[:known]) for known in beginnings)
+        if found is None:
+            return _Row(row, history, 0, self.nothing)
+        known = min(size - found[0], size - 1)
+        return _Row(row, history, known, UserState(found[1].keys[:, :, :known], found[1].values[:, :, :known]))
+
+    def _widths(self, one: _Row) -> tuple[int, int]:
+        """What his past and his new items are padded to: by his own alone, so company changes no bit of an answer."""
+        buckets, new = self.full.buckets, len(one.history) - one.known
+        if one.known == 0:
+            return 0, int(buckets[np.searchsorted(buckets, new)])
+        return int(buckets[np.searchsorted(buckets, one.known)]), new
 
     def _key(self, history: np.ndarray) -> bytes:
         return hashlib.sha256(self._artifact + np.ascontiguousarray(history, dtype=np.int64).tobytes()).digest()
+
+
+def _joined(states: list[np.ndarray], width: int) -> Float32[np.ndarray, "batch layers kv_heads {width} head_dim"]:
+    """Keys or values of many users, padded at the old end."""
+    layers, heads, _, head_dim = states[0].shape
+    joined = np.zeros((len(states), layers, heads, width, head_dim), dtype=np.float32)
+    for row, state in zip(joined, states, strict=True):
+        row[:, :, width - state.shape[2] :] = state
+    return joined
 
 
 def _identity(folder: Path) -> bytes:

@@ -1,5 +1,6 @@
 """Settings of `slmcompress serve`."""
 
+import math
 from dataclasses import dataclass
 
 from slmrec.checks import require, require_least
@@ -21,7 +22,9 @@ class ServeConfig:
     max_body_bytes: int = 4 * 2**20
     """Of a request; compressed bodies are refused, so nothing grows when it is read."""
     max_ids: int = 10_000
-    """Of a history or of exclusions of one user."""
+    """Of a history, of exclusions or of an allow-list of one user."""
+    state_mb: float = 0.0
+    """Memory for keys and values of users who may come back; 0 = none, every history is computed whole."""
     watch_s: float = 0.0
     """Seconds between looks at the bundle's folder for another bundle; 0 = SIGHUP alone."""
 
@@ -29,6 +32,7 @@ class ServeConfig:
         require_least(self, max_batch=1, max_queue=1, max_body_bytes=1024, max_ids=1)
         require(0 <= self.port <= 65535, f"port={self.port}", "--port 8000")
         require(self.timeout_s > 0, f"timeout_s={self.timeout_s} is not above 0", "--timeout-s 5")
+        require(0 <= self.state_mb < math.inf, f"state_mb={self.state_mb}", "--state-mb 256")
         require(self.watch_s >= 0, f"watch_s={self.watch_s} is below 0", "--watch-s 2")
         require(
             self.max_queue >= self.max_batch,

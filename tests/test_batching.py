@@ -27,6 +27,11 @@ class Gate:
         newest = np.array([row[-1] for row in histories.item_ids], dtype=np.float32)
         return TopK(np.ones((len(newest), k), dtype=np.int64), np.repeat(newest[:, None], k, axis=1))
 
+    def recommend_among(self, histories, candidate_ids, k):
+        answer = self.recommend(histories, k)
+        first = np.array([row[0] for row in candidate_ids])
+        return TopK(np.repeat(first[:, None], k, axis=1), answer.scores)
+
 
 def users(*newest):
     return Histories.of(Ragged.from_rows([[item] for item in newest]))
@@ -93,3 +98,23 @@ def test_an_error_reaches_those_who_asked_and_nobody_after_them():
         return await batcher.recommend(users(3), 1, 10)
 
     assert asyncio.run(run()).scores.tolist() == [[3]]
+
+
+def test_allow_lists_and_free_requests_of_one_batch_get_their_own_answers_in_order():
+    gate = Gate()
+
+    async def run():
+        batcher = Batcher(gate, max_batch=16, max_queue=16)
+        asked = [asyncio.ensure_future(batcher.recommend(users(9), 1, 10))]
+        await asyncio.sleep(0.05)
+        for number, allowed in ((1, None), (2, [[7]]), (3, None), (4, [[8, 1]])):
+            ids = None if allowed is None else Ragged.from_rows(allowed)
+            asked.append(asyncio.ensure_future(batcher.recommend(users(number), number, 10, ids)))
+        await asyncio.sleep(0)
+        gate.open.set()
+        return await asyncio.gather(*asked)
+
+    answers = asyncio.run(run())
+    assert [answer.scores.tolist() for answer in answers] == [[[9]], [[1]], [[2] * 2], [[3] * 3], [[4] * 4]]
+    assert [int(answer.item_ids[0, 0]) for answer in answers] == [1, 1, 7, 1, 8]
+    assert gate.batches == [1, 2, 2]

@@ -195,7 +195,7 @@ def test_unknown_ids_are_dropped_and_counted_or_refused(running, bundles):
     assert stray.json()["items"] == plain.json()["items"]
     assert (plain.json()["dropped"], stray.json()["dropped"]) == (0, 2)
     strict = httpx.post(running.url + "/recommend", json={"history": ["no such", ids[0]], "strict": True})
-    assert (strict.status_code, "1 ids of the history" in strict.json()["error"]) == (422, True)
+    assert (strict.status_code, "1 ids of history" in strict.json()["error"]) == (422, True)
     nobody = httpx.post(running.url + "/recommend", json={"history": [], "k": 3})
     counts = load_catalogue(bundles[0]).num_interactions
     assert nobody.json()["scores"] == sorted(map(float, counts), reverse=True)[:3]

@@ -47,6 +47,53 @@ def test_excluded_and_unknown_candidates_score_nothing_in_the_raw_graph(pair):
     assert np.isfinite(free[0]).tolist() == [False] * 4 + [True] * 3
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(1, 20), min_size=1, max_size=14), st.lists(st.integers(1, 20), max_size=25),
+    st.lists(st.integers(1, 20), max_size=5), st.integers(1, 20), st.booleans(),
+)  # fmt: skip
+def test_the_best_of_the_allowed_are_the_whole_ranking_without_the_others(
+    twins, history, allowed, excluded, k, keep_history
+):
+    graph = twins[keep_history]
+    users = Histories(*(Ragged.from_rows([ids, [1]]) for ids in (history, excluded)))
+    found = graph.recommend_among(users, Ragged.from_rows([allowed, []]), k)
+    everything = graph.recommend(users, 20)
+    kept = np.isin(everything.item_ids[0], allowed) & (everything.item_ids[0] > 0)
+    items = everything.item_ids[0][kept][:k]
+    assert found.item_ids[0, : len(items)].tolist() == items.tolist()
+    scores = everything.scores[0][kept][:k]
+    np.testing.assert_allclose(found.scores[0, : len(items)], scores, rtol=0, atol=1e-5)
+    for row, first in ((0, len(items)), (1, 0)):
+        assert not found.item_ids[row, first:].any()
+        assert (found.scores[row, first:] == -np.inf).all()
+
+
+@pytest.fixture(scope="module")
+def twins(tiny_model, tmp_path_factory):
+    """Graphs of a model whose every item has a twin of the same score, so that ties decide."""
+    import torch
+
+    model = tiny_model(prompt="none", positions="compact").eval()
+    with torch.no_grad():
+        model.item_table.weight[2::2] = model.item_table.weight[1:-1:2]
+    found = {}
+    for keep_history in (False, True):
+        folder = tmp_path_factory.mktemp("twins")
+        export_model(model, folder, ExportConfig(append=False, keep_history=keep_history))
+        found[keep_history] = OnnxRecommender(folder)
+    return found
+
+
+def test_candidates_beyond_what_is_scored_at_once_are_scored_in_parts(pair, monkeypatch):
+    graph = OnnxRecommender(pair[1])
+    users, candidates = Histories.of(Ragged.from_rows(ROWS)), Ragged.from_rows([[4, 5, 6], [7], [15, 16], [8] * 9])
+    whole = graph.rerank(users, candidates)
+    monkeypatch.setattr("export.runtime.MAX_CANDIDATES", 4)
+    for one, other in zip(whole, graph.rerank(users, candidates), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
 def test_candidates_that_do_not_exist_and_rows_that_are_missing_are_refused(pair):
     graph, users = OnnxRecommender(pair[1]), Histories.of(Ragged.from_rows([[1], [2]]))
     with pytest.raises(DataError, match="the id 21"):
@@ -83,13 +130,37 @@ def test_a_new_item_is_computed_alone(pair):
 
     class Watched:
         def run(self, outputs, request):
-            widths.append((request["new_item"].shape[1], request["seen_ids"].shape[1]))
+            widths.append((np.count_nonzero(request["new_item"]), np.count_nonzero(request["seen_ids"])))
             return session.run(outputs, request)
 
     recommender.session = Watched()
     for history in ([1, 2, 3], [1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4, 5, 6], [9, 2, 3, 4], list(range(1, 12))):
         recommender.recommend(Histories.of(Ragged.from_rows([history])), 5)
     assert widths == [(3, 0), (1, 3), (1, 3), (2, 4), (4, 0)]  # the last one is longer than the window
+
+
+def test_users_are_computed_together_and_company_changes_no_bit(pair):
+    together, alone = (AppendingRecommender(pair[1], StateStore(max_bytes=2**20)) for _ in range(2))
+    generator = np.random.default_rng(0)
+    longest = [generator.integers(1, 21, 10) for _ in range(6)]
+    calls, session = [], together.session
+
+    class Watched:
+        def run(self, outputs, request):
+            calls.append(len(request["new_item"]))
+            return session.run(outputs, request)
+
+    together.session = Watched()
+    for lengths in ([3, 3, 4, 4, 5, 1], [4, 4, 5, 5, 6, 2], [4, 6, 5, 6, 9, 10]):
+        users = Histories.of(Ragged.from_rows([ids[:n] for ids, n in zip(longest, lengths, strict=True)]))
+        found, full = together.recommend(users, 5), together.full.recommend(users, 5)
+        np.testing.assert_allclose(found.scores, full.scores, rtol=0, atol=2e-5 * np.abs(full.scores).max())
+        for row in range(6):
+            one = alone.recommend(users.select(np.array([row])), 5)
+            np.testing.assert_array_equal(one.item_ids[0], found.item_ids[row])
+            np.testing.assert_array_equal(one.scores[0], found.scores[row])
+    assert calls[:2] == [6, 6]  # all are new and short; then each has one more
+    assert (together.store.hits, together.store.misses) == (12, 6)
 
 
 def test_a_state_of_another_artefact_is_not_used(pair, tiny_model, tmp_path):

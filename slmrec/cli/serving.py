@@ -1,6 +1,5 @@
 """slmcompress serve."""
 
-import asyncio
 import logging
 import os
 from pathlib import Path
@@ -22,6 +21,8 @@ TOKEN_VARIABLE = "SLMCOMPRESS_TOKEN"
 @click.option("--max-queue", type=int, default=1024, show_default=True, help="Users that may wait; then 429.")
 @click.option("--timeout-s", type=float, default=5.0, show_default=True, help="Longest wait for an answer; then 504.")
 @click.option("--max-body-bytes", type=int, default=4 * 2**20, show_default=True, help="Longest request; then 413.")
+@click.option("--max-ids", type=int, default=10_000, show_default=True, help="Longest list of ids; then 400.")
+@click.option("--state-mb", type=float, default=0.0, show_default=True, help="Memory for users who come back.")
 @click.option("--watch-s", type=float, default=0.0, show_default=True, help="Look for another bundle; or SIGHUP.")
 @click.option("--key", type=click.Path(path_type=Path), help="Public Ed25519 key that bundles must be signed with.")
 @click.option("--token-file", type=click.Path(path_type=Path), help=f"Bearer token  [default: ${TOKEN_VARIABLE}]")
@@ -36,6 +37,8 @@ def serve(
     now leads elsewhere; if it does not verify, the old one goes on. SIGTERM answers what was accepted and ends.
     """
     try:
+        import uvloop
+
         from export.server import Server, run
     except ImportError as error:
         raise ConfigError(f"serving needs {error.name}", remedy="pip install 'slmcompress[serve]'") from None
@@ -48,8 +51,8 @@ def serve(
     server = Server(path, config, key=key, token=_token(token_file))
     server.now = server.load()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    say(f"serving {server.now.path} on http://{config.host}:{config.port}")
-    asyncio.run(run(server))
+    say(f"serving {path.resolve()} on http://{config.host}:{config.port}")
+    uvloop.run(run(server))
 
 
 def _token(file: Path | None) -> bytes | None:
