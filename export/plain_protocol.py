@@ -76,18 +76,27 @@ def recommend_response(request: PlainRequest, answer: TopK, items: Catalogue) ->
 
 
 def _length(found: dict[str, Any], top_k: int) -> int:
-    k = found.get("k", min(DEFAULT_K, top_k))
-    if type(k) is not int or not 1 <= k <= top_k:
+    k = _whole(found.get("k", min(DEFAULT_K, top_k)))
+    if k is None or not 1 <= k <= top_k:
         raise ProtocolError(f"k has to be a whole number from 1 to {top_k}")
     return k
 
 
+def _whole(value: Any) -> int | None:
+    """A whole number, which JSON may also write as 3.0; None for anything else."""
+    if type(value) is int:
+        return value
+    return int(value) if type(value) is float and value.is_integer() else None
+
+
 def _known(name: str, ids: Any, items: Catalogue, limits: Limits) -> tuple[list[int], int]:
     """Internal ids of those that the catalogue knows, and how many it does not."""
-    if not isinstance(ids, list) or not all(type(one) is str or type(one) is int for one in ids):
+    if not isinstance(ids, list):
         raise ProtocolError(f"{name} has to be a list of item ids")
     if len(ids) > limits.max_ids:
         raise ProtocolError(f"{name} has {len(ids)} ids, possible are {limits.max_ids}")
-    internal = items.internal_ids
-    known = [item for item in (internal.get(one if type(one) is str else str(one)) for one in ids) if item is not None]
+    texts = [one if type(one) is str else _whole(one) for one in ids]
+    if None in texts:
+        raise ProtocolError(f"{name} has to be a list of item ids")
+    known = [item for item in map(items.internal_ids.get, map(str, texts)) if item is not None]
     return known, len(ids) - len(known)

@@ -25,11 +25,13 @@ class ServeConfig:
     """Of a history, of exclusions or of an allow-list of one user."""
     state_mb: float = 0.0
     """Memory for keys and values of users who may come back; 0 = none, every history is computed whole."""
+    threads: int = 0
+    """Of ONNX Runtime for a batch; 0 = the cores that the process may use."""
     watch_s: float = 0.0
     """Seconds between looks at the bundle's folder for another bundle; 0 = SIGHUP alone."""
 
     def __post_init__(self) -> None:
-        require_least(self, max_batch=1, max_queue=1, max_body_bytes=1024, max_ids=1)
+        require_least(self, max_batch=1, max_queue=1, max_body_bytes=1024, max_ids=1, threads=0)
         require(0 <= self.port <= 65535, f"port={self.port}", "--port 8000")
         require(self.timeout_s > 0, f"timeout_s={self.timeout_s} is not above 0", "--timeout-s 5")
         require(0 <= self.state_mb < math.inf, f"state_mb={self.state_mb}", "--state-mb 256")

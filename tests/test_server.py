@@ -3,10 +3,8 @@
 import asyncio
 import json
 import logging
-import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -17,39 +15,19 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+from served import NUM_ITEMS, Running, make_bundle
 
-from export.bundle import bundle
-from export.onnx_export import export_checkpoint
 from export.runtime import OnnxRecommender
 from export.triton_client import recommend
-from slmrec.artifact import Stage, open_artifact, publish
+from slmrec.artifact import open_artifact
 from slmrec.catalogue import load_catalogue
-from slmrec.config import DataConfig, ExportConfig
-from slmrec.dataset import load_dataset
+from slmrec.config import DataConfig
 from slmrec.errors import CheckError, ConfigError
 from slmrec.interactions import prepare_dataset
-from slmrec.models.checkpoint import save_checkpoint
 from slmrec.ragged import Ragged
 from slmrec.recommender import Histories
 from slmrec.serve_config import ServeConfig
 from slmrec.synthetic import write_log
-
-NUM_ITEMS = 40
-
-
-def make_bundle(tiny_model, runs, name, change=0.0):
-    import torch
-
-    data = load_dataset(runs / "data")
-    model = tiny_model(prompt="none", num_items=data.num_items, positions="compact").eval()
-    with torch.no_grad():
-        model.item_table.weight.add_(change * torch.randn_like(model.item_table.weight))
-    with publish(runs / f"student-{name}", Stage(name="distill", kind="checkpoint", settings={})) as folder:
-        save_checkpoint(folder, model)
-        data.items.save(folder)
-    student = open_artifact(runs / f"student-{name}")
-    graph, _ = export_checkpoint(student, data, runs / f"export-{name}", ExportConfig())
-    return bundle(graph, data, runs / name)[0].path
 
 
 @pytest.fixture(scope="module")
@@ -58,49 +36,6 @@ def bundles(tiny_model, tmp_path_factory):
     runs = tmp_path_factory.mktemp("runs")
     prepare_dataset([write_log(runs / "log.txt", num_items=NUM_ITEMS, num_users=60)], runs / "data", DataConfig())
     return [make_bundle(tiny_model, runs, "one"), make_bundle(tiny_model, runs, "two", change=1.0)]
-
-
-class Running:
-    """`slmcompress serve` in a process of its own."""
-
-    def __init__(self, bundle_path, *flags, env=None):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        command = [sys.executable, "-m", "slmrec.cli.main", "serve", str(bundle_path), "--port", str(self.port), *flags]
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **(env or {})}
-        )
-        self.lines: list[str] = []
-        self.reader = threading.Thread(target=lambda: self.lines.extend(self.process.stdout), daemon=True)
-        self.reader.start()
-        self.url = f"http://127.0.0.1:{self.port}"
-        for _ in range(600):
-            if self.process.poll() is not None:
-                raise AssertionError("".join(self.lines))
-            try:
-                if httpx.get(self.url + "/v2/health/ready").status_code == 200:
-                    return
-            except httpx.TransportError:
-                time.sleep(0.1)
-        raise AssertionError("".join(self.lines))
-
-    def stop(self, signum=signal.SIGTERM):
-        self.process.send_signal(signum)
-        return self.ended()
-
-    def ended(self):
-        code = self.process.wait(30)
-        self.reader.join(30)
-        self.process.stdout.close()
-        return code
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        if self.process.poll() is None:  # the test failed before it ended
-            self.stop(signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +136,61 @@ def test_unknown_ids_are_dropped_and_counted_or_refused(running, bundles):
     assert nobody.json()["scores"] == sorted(map(float, counts), reverse=True)[:3]
 
 
+def test_an_allow_list_gives_the_best_of_the_allowed(running, bundles):
+    ids, rows = load_catalogue(bundles[0]).item_ids, [*requests_of(24, seed=3), np.zeros(0, np.int64)]
+    everything = OnnxRecommender(bundles[0]).recommend(Histories.of(Ragged.from_rows(rows)), NUM_ITEMS)
+    generator = np.random.default_rng(0)
+    allowed = [generator.permutation(NUM_ITEMS)[:number] + 1 for number in range(len(rows))]
+
+    def ask(number):
+        asked = {"history": [ids[item - 1] for item in rows[number]], "k": 5}
+        free = httpx.post(running.url + "/recommend", json=asked, timeout=30).json()
+        asked["allow"] = ["no such", *(ids[item - 1] for item in allowed[number])]
+        return free, httpx.post(running.url + "/recommend", json=asked, timeout=30).json()
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(ask, range(len(rows))))
+    for number, (free, answer) in enumerate(answers):
+        ranked = [item for item in everything.item_ids[number] if item > 0]
+        assert free["items"] == [ids[item - 1] for item in ranked[:5]]
+        assert "dropped_allow" not in free
+        assert answer["items"] == [ids[item - 1] for item in ranked if item in allowed[number]][:5]
+        assert answer["dropped_allow"] == 1
+    nobody = httpx.post(running.url + "/recommend", json={"history": [ids[0]], "allow": ["no such"]})
+    assert (nobody.status_code, nobody.json()["items"], nobody.json()["dropped_allow"]) == (200, [], 1)
+    strict = httpx.post(running.url + "/recommend", json={"history": [ids[0]], "allow": ["no such"], "strict": True})
+    assert (strict.status_code, "1 ids of allow" in strict.json()["error"]) == (422, True)
+
+
+def metric(server, name):
+    lines = httpx.get(server.url + "/metrics").text.splitlines()
+    return next(float(line.split()[-1]) for line in lines if line.startswith(name + " "))
+
+
+def test_users_who_come_back_are_answered_from_their_states_within_the_budget(bundles):
+    ids, full = load_catalogue(bundles[0]).item_ids, OnnxRecommender(bundles[0])
+    row = (np.random.default_rng(4).permutation(NUM_ITEMS)[:9] + 1).tolist()
+    with Running(bundles[0], "--state-mb", "0.01") as server:
+        for length in (5, 6, 6, 8):
+            asked = {"history": [ids[item - 1] for item in row[:length]], "k": 5}
+            answer = httpx.post(server.url + "/recommend", json=asked).json()
+            expected = full.recommend(Histories.of(Ragged.from_rows([row[:length]])), 5)
+            assert answer["items"] == [ids[item - 1] for item in expected.item_ids[0]]
+            np.testing.assert_allclose(answer["scores"], expected.scores[0], rtol=1e-4)
+        assert metric(server, "slmcompress_state_hits_total") == 3
+        assert metric(server, "slmcompress_state_misses_total") == 1
+        assert 0 < metric(server, "slmcompress_state_bytes") <= 10_000
+        assert server.stop() == 0
+
+
+def test_states_where_the_bundle_has_no_graph_for_them_are_refused(tiny_model, bundles):
+    from export.server import Server
+
+    plain = make_bundle(tiny_model, bundles[0].parent, "plain", append=False)
+    with pytest.raises(ConfigError, match=r"append\.onnx"):
+        Server(plain, ServeConfig(state_mb=1)).load()
+
+
 @pytest.mark.parametrize(
     ("path", "content", "status"),
     [
@@ -209,7 +199,10 @@ def test_unknown_ids_are_dropped_and_counted_or_refused(running, bundles):
         ("/recommend", b'{"history": [true]}', 400),
         ("/recommend", b'{"history": [1.5]}', 400), ("/recommend", b'{"history": [], "k": 0}', 400),
         ("/recommend", b'{"history": [], "k": 1e9}', 400), ("/recommend", b'{"history": [], "strict": 1}', 400),
-        ("/recommend", b'{"history": [], "path": "/etc"}', 400), ("/recommend", b"x" * (5 * 2**20), 413),
+        ("/recommend", b'{"history": [], "path": "/etc"}', 400), ("/recommend", b'{"history": [], "allow": null}', 400),
+        ("/recommend", b'{"history": [], "allow": [' + b'"1", ' * 10_000 + b'"1"]}', 400),
+        ("/recommend", b'{"history": [], "\\ud800": 1}', 400), ("/no such path", b"", 404),
+        ("/metrics", b"", 405), ("/recommend", b"x" * (5 * 2**20), 413),
         ("/recommend", b'{"history": ["1"' + b', "1"' * 10_000 + b"]}", 400),
         ("/v2/models/other/infer", b"{}", 404), ("/v2/models/recommend/versions/9/infer", b"{}", 404),
         ("/v2/models/recommend/infer", b"", 400), ("/v2/systemsharedmemory/region/x/register", b"{}", 404),
@@ -346,7 +339,15 @@ def test_a_token_is_asked_for_but_not_by_health_checks(bundles, tmp_path):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"port": 70000}, {"timeout_s": 0.0}, {"max_queue": 4, "max_batch": 8}, {"max_batch": 0}, {"watch_s": -1.0}],
+    [
+        {"port": 70000},
+        {"timeout_s": 0.0},
+        {"max_queue": 4, "max_batch": 8},
+        {"max_batch": 0},
+        {"watch_s": -1.0},
+        {"state_mb": -1.0},
+        {"state_mb": float("nan")},
+    ],
 )
 def test_settings_that_cannot_be_are_refused(wrong):
     with pytest.raises(ConfigError):

@@ -1,6 +1,9 @@
 """The studies' own arithmetic: what an interval allows to say, and what a new item is given."""
 
 import importlib
+import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,9 +11,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from served import make_bundle
 
 from slmrec.catalogue import Catalogue
+from slmrec.config import DataConfig
+from slmrec.interactions import prepare_dataset
 from slmrec.models.decoder import DecoderModel
+from slmrec.synthetic import write_log
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -104,3 +111,41 @@ def test_a_new_item_is_its_title_and_the_mean_of_the_known_or_of_its_neighbours(
                 own = model.item_table.weight[1:] if way == "title" else model.item_table.weight[near]
                 expected = own.mean(dim=0) + model.title_table(vectors[item])
                 torch.testing.assert_close(joined.item_outputs()[item - 1], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_ideal_queue_is_lindleys_where_batches_are_of_one_and_joins_what_waits_where_not(study):
+    load = study("serve_load")
+    arrivals = np.cumsum(np.random.default_rng(0).exponential(1.0, 500))
+    alone, wait = load.ideal_queue(arrivals, {1: np.array([0.7])}, seed=0), 0.0
+    for number, gap in enumerate(np.diff(arrivals, prepend=0.0)):
+        wait = max(0.0, wait + 0.7 - gap) if number else 0.0
+        assert alone[number] == pytest.approx(wait + 0.7)
+    together = load.ideal_queue(np.array([0.0, 0.1, 0.2, 5.0]), {1: np.array([1.0]), 4: np.array([2.0])}, seed=0)
+    np.testing.assert_allclose(together, [1.0, 2.9, 2.8, 1.0])
+
+
+def test_a_memory_that_grows_is_told_from_one_that_does_not(study):
+    load, generator = study("serve_load"), np.random.default_rng(0)
+    seconds = np.arange(0, 300, 1.5)
+    noise = generator.normal(size=len(seconds)) / 10
+    still, growing = (load.slope(seconds, 100 + rate * seconds / 3600 + noise) for rate in (0, 60))
+    assert still["interval_95"][0] < 0 < still["interval_95"][1]
+    assert growing["interval_95"][0] > 0
+    assert growing["mb_per_hour"] == pytest.approx(60, abs=2)
+
+
+@pytest.mark.slow
+def test_the_load_study_runs_on_a_small_bundle(tiny_model, tmp_path):
+    prepare_dataset([write_log(tmp_path / "log.txt", num_items=40, num_users=60)], tmp_path / "data", DataConfig())
+    path = make_bundle(tiny_model, tmp_path, "one")
+    command = [sys.executable, str(BENCHMARKS / "serve_load.py"), str(path), "--quick"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=BENCHMARKS.parent)
+    found = json.loads(done.stdout)
+    assert found["saturation"]["all_answered"]
+    assert found["saturation"]["per_second"] > 0
+    for share in ("load_0.4", "load_0.6"):
+        assert found[share]["all_answered"]
+        assert found[share]["p99_ms"] >= found[share]["p50_ms"] > 0
+    assert (found["overload"]["other"], found["overload"]["unanswered"]) == (0, 0)
+    assert found["overload"]["afterwards"]["all_answered"]
+    assert found["memory"]["rss_mb"] > 10

@@ -23,6 +23,7 @@ TOKEN_VARIABLE = "SLMCOMPRESS_TOKEN"
 @click.option("--max-body-bytes", type=int, default=4 * 2**20, show_default=True, help="Longest request; then 413.")
 @click.option("--max-ids", type=int, default=10_000, show_default=True, help="Longest list of ids; then 400.")
 @click.option("--state-mb", type=float, default=0.0, show_default=True, help="Memory for users who come back.")
+@click.option("--threads", type=int, default=0, show_default=True, help="Of ONNX Runtime; 0 = the cores there are.")
 @click.option("--watch-s", type=float, default=0.0, show_default=True, help="Look for another bundle; or SIGHUP.")
 @click.option("--key", type=click.Path(path_type=Path), help="Public Ed25519 key that bundles must be signed with.")
 @click.option("--token-file", type=click.Path(path_type=Path), help=f"Bearer token  [default: ${TOKEN_VARIABLE}]")
