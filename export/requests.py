@@ -3,7 +3,8 @@
 import csv
 import difflib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")
 class Request:
     """One line of the input: external ids, oldest first."""
 
+    source: Path
     line: int
     user: str
     history: Sequence[str]
@@ -44,28 +46,52 @@ def recommend_file(recommender: Recommender, items: Catalogue, source: Path, tar
     """
     for path in (source, target):
         if path.suffix not in FORMATS:
-            raise DataError(f"{path.name} ends in none of {', '.join(FORMATS)}", remedy="such as users.jsonl")
+            raise DataError(
+                f"{path.name} ends in none of {', '.join(FORMATS)}",
+                remedy="such as users.jsonl; an --output without an ending is a folder",
+            )
     if source.resolve() == target.resolve():
         raise DataError(f"the answers would replace the requests in {source}", remedy="another --output file")
     if not source.is_file():
         raise DataError(f"{source} is not a file", remedy='lines such as {"user": "1", "history": ["50", "172"]}')
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial")
-    done = 0
     try:
-        with _Writer(partial, target.suffix) as writer:
-            for chunk in _chunks(_read(source)):
-                answer = recommender.recommend(_histories(chunk, items, source), k)
-                writer.write(chunk, answer, items)
-                done += len(chunk)
+        with readable(source), AnswerWriter(partial, target.suffix) as writer:
+            done = answer_all(recommender, items, _read(source), writer, k)
         if not done:
-            raise DataError(f"{source} is empty", remedy='lines such as {"user": "1", "history": ["50", "172"]}')
+            raise empty(source)
         partial.rename(target)
-    except (pa.ArrowInvalid, csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{source} is not readable as {source.suffix}: {error}", remedy="mend the file") from None
     finally:
         partial.unlink(missing_ok=True)
     return done
+
+
+def answer_all(
+    recommender: Recommender, items: Catalogue, requests: Iterable[Request], writer: "AnswerWriter", k: int
+) -> int:
+    """Answer requests in their order, a chunk at a time; gives their number."""
+    done = 0
+    for chunk in _chunks(requests):
+        writer.write(chunk, recommender.recommend(_histories(chunk, items), k), items)
+        done += len(chunk)
+    return done
+
+
+@contextmanager
+def readable(source: Path) -> Iterator[None]:
+    """A reader's complaint about a file's content as one message; faults of the machine stay what they are."""
+    try:
+        yield
+    except (pa.ArrowException, csv.Error, UnicodeDecodeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise DataError(f"{source} is not readable as {source.suffix}: {error}", remedy="mend the file") from None
+
+
+def empty(source: Path) -> DataError:
+    """What a file or folder without any request is."""
+    return DataError(f"{source} is empty", remedy='lines such as {"user": "1", "history": ["50", "172"]}')
 
 
 def named_items(answer: TopK, row: int, items: Catalogue) -> tuple[list[str], list[float]]:
@@ -75,23 +101,24 @@ def named_items(answer: TopK, row: int, items: Catalogue) -> tuple[list[str], li
     return ids, answer.scores[row][kept].tolist()
 
 
-def _histories(chunk: Sequence[Request], items: Catalogue, source: Path) -> Histories:
+def _histories(chunk: Sequence[Request], items: Catalogue) -> Histories:
     histories, excluded = [], []
     for request in chunk:
+        where = f"{request.source.name}:{request.line}"
         try:
             histories.append(items.to_internal(request.history))
             excluded.append(items.to_internal(request.exclude))
         except DataError as error:
-            raise DataError(f"{source.name}:{request.line}: {error.problem}", remedy=error.remedy) from None
+            raise DataError(f"{where}: {error.problem}", remedy=error.remedy) from None
         if not len(histories[-1]) and items.num_interactions is None:
             raise DataError(
-                f"{source.name}:{request.line}: the history is empty, and this artefact does not know what is popular",
+                f"{where}: the history is empty, and this artefact does not know what is popular",
                 remedy="leave out users without a history, or make the artefact again from newly prepared data",
             )
     return Histories(Ragged.from_rows(histories), Ragged.from_rows(excluded))
 
 
-def _chunks(requests: Iterator[Request]) -> Iterator[list[Request]]:
+def _chunks(requests: Iterable[Request]) -> Iterator[list[Request]]:
     chunk: list[Request] = []
     for request in requests:
         chunk.append(request)
@@ -107,7 +134,7 @@ def _read(source: Path) -> Iterator[Request]:
         with source.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
                 try:
-                    yield _request(json.loads(line), number, source)
+                    yield parse_request(json.loads(line), number, source)
                 except json.JSONDecodeError as error:
                     raise _malformed(source, number, f"not JSON ({error})") from None
     elif source.suffix == ".parquet":
@@ -115,15 +142,16 @@ def _read(source: Path) -> Iterator[Request]:
         for batch in pq.ParquetFile(source).iter_batches(batch_size=CHUNK):
             for record in batch.to_pylist():
                 number += 1
-                yield _request(record, number, source)
+                yield parse_request(record, number, source)
     else:
         with source.open(encoding="utf-8-sig", newline="") as lines:
             csv.field_size_limit(LONGEST_CELL)
             for number, record in enumerate(csv.DictReader(lines), 2):
-                yield _request(record, number, source)
+                yield parse_request(record, number, source)
 
 
-def _request(record: Any, line: int, source: Path) -> Request:
+def parse_request(record: Any, line: int, source: Path) -> Request:
+    """One record as it was read: a field `history`, and `user` and `exclude` where there are any."""
     if not isinstance(record, dict) or "history" not in record:
         raise _malformed(source, line, "no field 'history'")
     for name in record:
@@ -132,7 +160,7 @@ def _request(record: Any, line: int, source: Path) -> Request:
             what = "more cells than the header" if name is None else f"the field {name!r}; is it {meant[0]!r}?"
             raise _malformed(source, line, what)
     lists = [_ids(record.get(name), line, source) for name in ("history", "exclude")]
-    return Request(line, str(record.get("user", line)), *lists)
+    return Request(source, line, str(record.get("user", line)), *lists)
 
 
 def _ids(value: Any, line: int, source: Path) -> list[str]:
@@ -158,17 +186,18 @@ def _malformed(source: Path, line: int, what: str) -> DataError:
     )
 
 
-class _Writer:
-    """Writes chunks of answers to one open file."""
+class AnswerWriter:
+    """Writes chunks of answers to one open file; notes go into the metadata of a Parquet file."""
 
-    def __init__(self, path: Path, suffix: str) -> None:
-        self.parquet = pq.ParquetWriter(path, SCHEMA) if suffix == ".parquet" else None
+    def __init__(self, path: Path, suffix: str, notes: Mapping[str, str] | None = None) -> None:
+        schema = SCHEMA.with_metadata(dict(notes)) if notes else SCHEMA
+        self.parquet = pq.ParquetWriter(path, schema) if suffix == ".parquet" else None
         self.text = None if self.parquet else path.open("w", encoding="utf-8", newline="")
         self.csv = csv.writer(self.text, lineterminator="\n") if self.text is not None and suffix == ".csv" else None
         if self.csv is not None:
             self.csv.writerow(["user", "items", "scores"])
 
-    def __enter__(self) -> "_Writer":
+    def __enter__(self) -> "AnswerWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -182,9 +211,8 @@ class _Writer:
         users = [request.user for request in chunk]
         if self.parquet is not None:
             columns = [users, [ids for ids, _ in lists], [scores for _, scores in lists]]
-            self.parquet.write_table(
-                pa.table([pa.array(c, t.type) for c, t in zip(columns, SCHEMA, strict=True)], SCHEMA)
-            )
+            arrays = [pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)]
+            self.parquet.write_table(pa.table(arrays, self.parquet.schema))
             return
         assert self.text is not None
         for user, (ids, scores) in zip(users, lists, strict=True):

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from slmrec.bulk_config import ENGINES, BulkConfig
 from slmrec.cli.engine_options import engine_config, engine_options
 from slmrec.cli.loading import choose, choose_student, load_recommender, resolve_output
 from slmrec.cli.options import common_options, data_option, model_option, output_option, print_result, runs_folder, say
@@ -145,18 +146,41 @@ def verify(path: Path | None, key: Path | None, device: str, seed: int, as_json:
 @click.argument("history", nargs=-1)
 @click.option("-k", "top_k", default=10, show_default=True, help="Items to recommend.")
 @click.option("--exclude", multiple=True, help="Item that must not be recommended; may be repeated.")
-@click.option("--input", "source", type=click.Path(path_type=Path), help="File of requests: .jsonl, .csv or .parquet.")
-@click.option("--output", "target", type=click.Path(path_type=Path), help="File of answers, in the input's order.")
+@click.option(
+    "--input",
+    "source",
+    type=click.Path(path_type=Path),
+    help="File of requests: .jsonl, .csv or .parquet; or a folder of .parquet.",
+)
+@click.option(
+    "--output",
+    "target",
+    type=click.Path(path_type=Path),
+    help="File of answers, in the input's order; or a folder of shards.",
+)
+@click.option(
+    "--engine",
+    type=click.Choice(ENGINES),
+    default="local",
+    show_default=True,
+    help="What fills a folder: this process, or workers of Ray Data.",
+)
+@click.option("--shard-users", default=16_384, show_default=True, help="Users of a shard at most.")
+@click.option("--workers", type=int, help="Of Ray  [default: one for each core, or GPU]")
 @model_option
 @common_options
 def recommend(
     history: tuple[str, ...], top_k: int, exclude: tuple[str, ...], source: Path | None, target: Path | None,
-    model: Path | None, device: str, seed: int, as_json: bool, force: bool,
+    engine: str, shard_users: int, workers: int | None, model: Path | None, device: str, seed: int, as_json: bool,
+    force: bool,
 ) -> None:  # fmt: skip
     """Recommend items after a HISTORY of external ids or exact titles, oldest first, or for a whole file.
 
     A line of --input is {"user": .., "history": [ids, oldest first], "exclude": [..]}; of --output {"user": ..,
     "items": [ids, best first], "scores": [..]}. In CSV a list is ids with spaces between them, or JSON.
+
+    An --output without an ending is a folder of shards, for millions of users in Parquet: the same command goes on
+    where a killed one ended.
     """
     if bool(history) == (source is not None) or (source is None) != (target is None):
         raise ConfigError(
@@ -168,19 +192,35 @@ def recommend(
             remedy='lines such as {"user": "1", "history": ["50"], "exclude": ["172"]}',
         )
     artifact = choose(model, "", "slmcompress export", *RECOMMENDS) if model else _newest_product()
-    from export.requests import named_items, recommend_file
+    if source is None or target is None:
+        _recommend_one(artifact, history, exclude, top_k, device=device, as_json=as_json)
+        return
+    from slmrec.cli.bulk import recommend_shards, wants_folder
+
+    config = BulkConfig(top_k=top_k, engine=engine, shard_users=shard_users, workers=workers)
+    if wants_folder(source, target, engine):
+        recommend_shards(artifact, (source, target), config, device=device, force=force, as_json=as_json)
+        return
+    from export.requests import recommend_file
+    from slmrec.catalogue import load_catalogue
+
+    users = recommend_file(load_recommender(artifact, device), load_catalogue(artifact.path), source, target, top_k)
+    print_result({"output": str(target), "num_users": users}, f"{target}: {users} users", as_json=as_json)
+
+
+def _recommend_one(
+    artifact: "Artifact", history: tuple[str, ...], exclude: tuple[str, ...], top_k: int, *, device: str, as_json: bool
+) -> None:
+    """Print the list of one history."""
+    from export.requests import named_items
     from slmrec.catalogue import load_catalogue
     from slmrec.ragged import Ragged
     from slmrec.recommender import Histories
 
     items = load_catalogue(artifact.path)
-    recommender = load_recommender(artifact, device)
-    if source is not None and target is not None:
-        users = recommend_file(recommender, items, source, target, top_k)
-        print_result({"output": str(target), "num_users": users}, f"{target}: {users} users", as_json=as_json)
-        return
     seen, excluded = items.to_internal(history), items.to_internal(exclude)
-    answer = recommender.recommend(Histories(Ragged.from_rows([seen]), Ragged.from_rows([excluded])), top_k)
+    request = Histories(Ragged.from_rows([seen]), Ragged.from_rows([excluded]))
+    answer = load_recommender(artifact, device).recommend(request, top_k)
     ids, scores = named_items(answer, 0, items)
     titles = [items.title_of(items.internal_ids[item_id]) for item_id in ids]
     if not ids:
