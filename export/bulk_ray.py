@@ -119,8 +119,26 @@ def _session(kind: str) -> Iterator[int]:
             "num_cpus": usable_cores(), "include_dashboard": False, "object_store_memory": STORE_BYTES,
             "_temp_dir": folder,
         }  # fmt: skip
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, **own)
+        _start(own)
         try:
             yield int(ray.cluster_resources().get(kind, 0))
         finally:
             ray.shutdown()
+
+
+def _start(settings: dict[str, Any]) -> None:
+    """Start or join Ray, which allows itself 30 s to start: on a busy machine the second try finds its files read."""
+    import ray
+
+    reason = ""
+    for _ in range(2):
+        try:
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, **settings)
+        except Exception as error:  # noqa: BLE001 - Ray raises no narrower one for a start that takes too long
+            ray.shutdown()
+            reason = str(error).partition(". ")[0]
+            continue
+        return
+    raise CheckError(
+        f"Ray did not start: {reason}", remedy="the same command again, --engine local, or another RAY_ADDRESS"
+    )
