@@ -62,6 +62,8 @@ class Plan:
     top_k: int = 10
     batch: int = 4096
     """Users of one GPU at a time."""
+    kept_batch: int = 64
+    """The same where the scores of all items are kept: they have to fit into its memory."""
 
 
 def count(folder: Path, batch: int = 64) -> Decoder:
@@ -87,41 +89,44 @@ def sizes(plan: Plan, decoder: Decoder, num_bytes: int = 2) -> dict[str, float]:
         "item table, one of 8 shards": table / SHARDS,
         "histories": float(plan.num_users * decoder.history * ID_BYTES),
         "lists": float(plan.num_users * plan.top_k * pair),
-        "scores of a batch, if they were kept": float(plan.batch * plan.num_items * SCORE_BYTES),
+        f"scores of {plan.kept_batch} users": float(plan.kept_batch * plan.num_items * SCORE_BYTES),
         "over the network for a user, 8 shards": float((SHARDS - 1) * (decoder.width * num_bytes + plan.top_k * pair)),
     }
+
+
+def batch_size(plan: Plan, way: str) -> int:
+    """Users of one GPU at a time."""
+    return plan.kept_batch if WAYS[way][1] else plan.batch
 
 
 def batch_work(plan: Plan, decoder: Decoder, way: str) -> Work:
     """What one GPU does for a batch; sharded, 8 of them do 8 batches with an eighth of the table each: the same."""
     num_bytes, written = WAYS[way]
-    products = 2.0 * plan.batch * plan.num_items * decoder.width
-    moved = 2.0 * plan.batch * plan.num_items * SCORE_BYTES if written else 0.0
+    batch = batch_size(plan, way)
+    products = 2.0 * batch * plan.num_items * decoder.width
+    moved = 2.0 * batch * plan.num_items * SCORE_BYTES if written else 0.0
     return Work(
-        fp32_operations=plan.batch * decoder.fp_operations + (products if num_bytes == 2 else 0.0),
-        int8_operations=plan.batch * decoder.int8_operations + (products if num_bytes == 1 else 0.0),
-        num_bytes=decoder.weight_bytes + plan.batch * decoder.user_bytes
+        fp32_operations=batch * decoder.fp_operations + (products if num_bytes == 2 else 0.0),
+        int8_operations=batch * decoder.int8_operations + (products if num_bytes == 1 else 0.0),
+        num_bytes=decoder.weight_bytes + batch * decoder.user_bytes
         + float(plan.num_items * decoder.width * num_bytes) + moved,
     )  # fmt: skip
 
 
 def times(plan: Plan, decoder: Decoder, way: str, ceilings: Ceilings, price: float) -> dict[str, Any]:
     """Floor of the whole plan: GPU hours, hours on 8 and 64, and what a million lists cost at a price an hour."""
-    work = batch_work(plan, decoder, way)
-    user_s = ceilings.floor_s(work) / plan.batch
+    work, batch = batch_work(plan, decoder, way), batch_size(plan, way)
+    user_s = ceilings.floor_s(work) / batch
     arithmetic = ceilings.floor_s(Work(work.fp32_operations, work.int8_operations))
+    alone = Work(decoder.fp_operations, decoder.int8_operations)
     hours = plan.num_users * user_s / 3600
     return {
         "way": way, "gpu": ceilings.name, "gpu_hours": hours, f"hours_on_{SHARDS}": hours / SHARDS,
         f"hours_on_{MANY}": hours / MANY, "users_per_gpu_second": 1 / user_s,
         "usd_per_million_lists": 1e6 * user_s / 3600 * price,
         "bound": "arithmetic" if arithmetic >= work.num_bytes / ceilings.read_bytes_s else "bytes",
-        "head_share_of_arithmetic": 1 - ceilings.floor_s(_decoder_alone(plan, decoder)) / arithmetic,
+        "head_share_of_arithmetic": 1 - batch * ceilings.floor_s(alone) / arithmetic,
     }  # fmt: skip
-
-
-def _decoder_alone(plan: Plan, decoder: Decoder) -> Work:
-    return Work(plan.batch * decoder.fp_operations, plan.batch * decoder.int8_operations)
 
 
 def shard(items: ItemWeights, number: int, shards: int) -> tuple[ItemWeights, int]:

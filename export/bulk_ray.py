@@ -8,11 +8,13 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from export.bulk import Engine, Job, answer_shard
 from export.runtime import OnnxRecommender
@@ -76,7 +78,11 @@ def ray_engine(folder: Path, *, device: str = "cpu", workers: int | None = None)
         provider = "CUDAExecutionProvider" if gpus else "CPUExecutionProvider"
         worker = ShardWorker(folder.absolute(), replace(job, work=job.work.absolute()), provider)
         if shards:
-            with _session("GPU" if gpus else "CPU") as available:
+            with _session(workers, kind := "GPU" if gpus else "CPU") as available:
+                if available < (workers or 1):
+                    raise ConfigError(
+                        f"Ray has {available} {kind}s for {workers or 1} workers", remedy="fewer --workers"
+                    )
                 yield from _answered(shards, worker, min(workers or available, len(shards)), gpus)
 
     return run
@@ -105,7 +111,7 @@ def _answered(shards: Sequence[Shard], worker: ShardWorker, size: int, gpus: int
 
 
 @contextmanager
-def _session(kind: str) -> Iterator[int]:
+def _session(workers: int | None, kind: str) -> Iterator[int]:
     """The cluster of RAY_ADDRESS, or a Ray of our own that leaves nothing behind; gives its number of CPUs or GPUs."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
@@ -116,7 +122,7 @@ def _session(kind: str) -> Iterator[int]:
     ray.data.DataContext.get_current().enable_progress_bars = False
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
         own = {} if "RAY_ADDRESS" in os.environ else {
-            "num_cpus": usable_cores(), "include_dashboard": False, "object_store_memory": STORE_BYTES,
+            "num_cpus": workers or usable_cores(), "include_dashboard": False, "object_store_memory": STORE_BYTES,
             "_temp_dir": folder,
         }  # fmt: skip
         _start(own)
@@ -136,9 +142,19 @@ def _start(settings: dict[str, Any]) -> None:
             ray.init(log_to_driver=False, logging_level=logging.ERROR, **settings)
         except Exception as error:  # noqa: BLE001 - Ray raises no narrower one for a start that takes too long
             ray.shutdown()
+            _end_of(settings.get("_temp_dir"))
             reason = str(error).partition(". ")[0]
             continue
         return
     raise CheckError(
         f"Ray did not start: {reason}", remedy="the same command again, --engine local, or another RAY_ADDRESS"
     )
+
+
+def _end_of(folder: str | None) -> None:
+    """End what a start that failed has left: our own children that were given the folder."""
+    for child in psutil.Process().children() if folder else []:
+        with suppress(psutil.NoSuchProcess):
+            if any(str(folder) in argument for argument in child.cmdline()):
+                child.kill()
+                child.wait()

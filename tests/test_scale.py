@@ -33,7 +33,7 @@ def test_figures_are_those_of_the_arithmetic(scale):
     decoder = scale.Decoder(
         fp_operations=100.0, int8_operations=60.0, user_bytes=5.0, weight_bytes=7.0, width=2, history=3
     )
-    plan = scale.Plan(num_users=1000, num_items=10, top_k=4, batch=8)
+    plan = scale.Plan(num_users=1000, num_items=10, top_k=4, batch=8, kept_batch=2)
     toy = Ceilings("toy", fp32_operations_s=140.0, int8_operations_s=60.0, read_bytes_s=1e9)
     found = scale.times(plan, decoder, "16 bits", toy, price=3.6)
     assert found["users_per_gpu_second"] == pytest.approx(1 / 2)  # (100 + 2 * 2 * 10) / 140 + 60 / 60 seconds
@@ -44,7 +44,7 @@ def test_figures_are_those_of_the_arithmetic(scale):
     slow = Ceilings("toy", 1e9, 1e9, read_bytes_s=10.0)
     by_bytes = scale.times(plan, decoder, "16 bits, scores written and read", slow, price=1.0)
     assert by_bytes["bound"] == "bytes"
-    assert 1 / by_bytes["users_per_gpu_second"] == pytest.approx((7 + 8 * 5 + 40 + 2 * 8 * 10 * 4) / 10 / 8)
+    assert 1 / by_bytes["users_per_gpu_second"] == pytest.approx((7 + 2 * 5 + 40 + 2 * 2 * 10 * 4) / 10 / 2)
     sizes = scale.sizes(plan, decoder)
     assert sizes["item table"] == 8 * sizes["item table, one of 8 shards"] == 40
     assert (sizes["histories"], sizes["lists"]) == (1000 * 3 * 4, 1000 * 4 * 8)
