@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from slmrec.cli import artifacts, bench, data, demo, distilling, doctor, importing, serving, shrinking, train
+from slmrec.cli import artifacts, bench, data, demo, distilling, doctor, importing, serving, shrinking, train, tuning
 from slmrec.errors import ConfigError, SlmrecError
 from slmrec.processes import leave_the_message_to_the_main_process, process_count
 
@@ -56,7 +56,7 @@ for command in (
     demo.demo, doctor.doctor, data.data, train.train_items, train.train_teacher, importing.import_teacher,
     distilling.distill, shrinking.importance, shrinking.prune, shrinking.sensitivity, shrinking.quantize,
     artifacts.export, artifacts.bundle, artifacts.update_items, artifacts.verify,
-    artifacts.recommend, bench.evaluate, bench.benchmark, bench.compare, bench.diff, serving.serve,
+    artifacts.recommend, bench.evaluate, bench.benchmark, tuning.tune, bench.compare, bench.diff, serving.serve,
 ):  # fmt: skip
     main.add_command(command)
 
