@@ -24,6 +24,8 @@ class SearchConfig:
     """Depths to try; none = three quarters and half of each checkpoint's."""
     heal_epochs: int = 1
     """Epochs of distillation after pruning; 0 = nothing is trained."""
+    int8_items: bool = True
+    """Whether the 8-bit item table is tried as well, which pays on large catalogues."""
     max_users: int = 2000
     """Validation users that layers are judged by."""
     rounds: int = 200
@@ -158,7 +160,7 @@ def _versions(base: Base, config: SearchConfig) -> list[Candidate]:
         Candidate(base=base, num_layers=depth, heal_epochs=epochs, int8=int8, int8_items=int8_items)
         for depth, epochs in cuts
         for int8 in (False, True)
-        for int8_items in (False, True)
+        for int8_items in ((False, True) if config.int8_items else (False,))
     ]
 
 

@@ -28,7 +28,7 @@ def test_help_loads_nothing_heavy():
     "command",
     ["demo", "doctor", "data", "train-items", "train-teacher", "import-teacher", "distill", "prune", "quantize",
      "sensitivity", "importance", "export", "evaluate", "benchmark", "compare", "bundle", "verify", "recommend",
-     "diff", "serve"],
+     "diff", "serve", "tune"],
 )  # fmt: skip
 def test_every_command_of_the_contract_has_help(command):
     result = slmcompress(command, "--help")

@@ -71,7 +71,10 @@ class Search:
     def __post_init__(self) -> None:
         path = self.folder / SEARCH_FILE
         if path.exists() and not self.force:
-            self._records = json.loads(path.read_text(encoding="utf-8"))
+            try:
+                self._records = json.loads(path.read_text(encoding="utf-8"))
+            except (UnicodeDecodeError, json.JSONDecodeError) as error:
+                raise ArtifactError(f"{path} is not readable: {error}", remedy="--force to measure anew") from None
 
     @property
     def cases(self) -> Cases:

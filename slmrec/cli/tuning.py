@@ -39,6 +39,7 @@ FOLDER = "tune"
 )  # fmt: skip
 @click.option("--num-layers", type=IntList(), help="Depths to try, such as 3,2  [default: three quarters and half]")
 @click.option("--heal-epochs", default=1, show_default=True, help="Of distillation after pruning; 0 trains nothing.")
+@click.option("--int8-items/--no-int8-items", default=True, show_default=True, help="Try the 8-bit item table as well.")
 @click.option("--max-users", default=2000, show_default=True, help="Validation users that layers are judged by.")
 @click.option("--rounds", default=200, show_default=True, help="Single-user requests that a candidate is timed on.")
 @decoder_training_options
@@ -98,7 +99,7 @@ def _config(flags: dict[str, Any], seed: int) -> "SearchConfig":
     )
     fields = {name: flags[name] for name in TrainConfig.__dataclass_fields__ if name in flags}
     train = TrainConfig(epochs=max(1, flags["heal_epochs"]), seed=seed, **fields)
-    own = {name: flags[name] for name in ("heal_epochs", "max_users", "rounds")}
+    own = {name: flags[name] for name in ("heal_epochs", "int8_items", "max_users", "rounds")}
     return SearchConfig(constraints=bounds, num_layers=flags["num_layers"] or (), train=train, **own)
 
 
