@@ -28,7 +28,7 @@ MAX_TOP_K = 3840
 MAX_BATCH = 256
 EXCLUDE_STEP = 32
 """Exclusions are padded to multiples of this; they only mask, so their width may follow the batch."""
-MAX_CANDIDATES = 2**16
+MAX_CANDIDATES = 2**14
 """Scored at once, of all users together: each takes an item vector's memory."""
 
 
