@@ -6,9 +6,10 @@ and its shard begun anew (`bulk.answer_shard`).
 
 import logging
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -120,7 +121,9 @@ def _session(workers: int | None, kind: str) -> Iterator[int]:
     logging.getLogger("ray").setLevel(logging.ERROR)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
-    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+    # Ray tells of dead workers on stdout, which is for results
+    scratch = tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)
+    with redirect_stdout(sys.stderr), scratch as folder:
         own = {} if "RAY_ADDRESS" in os.environ else {
             "num_cpus": workers or usable_cores(), "include_dashboard": False, "object_store_memory": STORE_BYTES,
             "_temp_dir": folder,
