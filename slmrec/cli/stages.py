@@ -3,13 +3,14 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slmrec.artifact import Artifact, Stage, is_made, open_artifact
-from slmrec.config import TrainConfig
-from slmrec.models.checkpoint import TRAINING_FILE
-from slmrec.plan import Plan
-from slmrec.samples import Samples
+
+if TYPE_CHECKING:
+    from slmrec.config import TrainConfig
+    from slmrec.plan import Plan
+    from slmrec.samples import Samples
 
 
 def made(artifact: Artifact, was_there: bool) -> dict[str, Any]:
@@ -32,6 +33,8 @@ def made_text(artifact: Artifact, was_there: bool) -> str:
 
 def trained(artifact: Artifact, was_there: bool) -> tuple[dict[str, Any], str]:
     """Result and text of a training stage: the best validation NDCG@10 is named."""
+    from slmrec.models.checkpoint import TRAINING_FILE
+
     records = [json.loads(line) for line in (artifact.path / TRAINING_FILE).read_text(encoding="utf-8").splitlines()]
     best = max((record for record in records if "validation_ndcg@10" in record), key=lambda r: r["validation_ndcg@10"])
     result = made(artifact, was_there) | {"validation_ndcg@10": best["validation_ndcg@10"], "best_epoch": best["epoch"]}
@@ -46,7 +49,7 @@ def already(output: Path, stage: Callable[[], Stage], *, force: bool) -> Artifac
 
 
 def planned(
-    output: Path, samples: Samples, config: TrainConfig, plan: Plan | None = None
+    output: Path, samples: "Samples", config: "TrainConfig", plan: "Plan | None" = None
 ) -> tuple[dict[str, Any], str]:
     """Result and text of a training stage's --dry-run; a decoder's has a plan of its sizes."""
     steps = -(-len(samples.lengths) // config.batch_size) * config.epochs
