@@ -46,10 +46,29 @@ def write_student(runs, model):
 
 
 @pytest.fixture(scope="module")
-def searched(started, tmp_path_factory):
-    """A finished search: its runs and its JSON."""
+def killed(started, tmp_path_factory):
+    """The runs of a search that was killed while it exported its third candidate, and when its files were written."""
     runs = tmp_path_factory.mktemp("searched") / "runs"
     shutil.copytree(started, runs)
+    export, calls = slmrec.cli.candidates.export_checkpoint, []
+
+    def until_killed(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return export(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slmrec.cli.candidates, "export_checkpoint", until_killed)
+        result = CliRunner().invoke(main, ["--runs", str(runs), "tune", *LOOSE], standalone_mode=False)
+    assert isinstance(result.exception, (Abort, KeyboardInterrupt))
+    return runs, times(runs)
+
+
+@pytest.fixture(scope="module")
+def searched(killed):
+    """The same search, finished: its runs and its JSON."""
+    runs, _ = killed
     return runs, json.loads(call(runs, "tune", *LOOSE, "--json"))
 
 
@@ -112,28 +131,12 @@ def test_the_same_search_again_makes_and_measures_nothing(searched):
     assert times(runs) == before
 
 
-def test_a_killed_search_goes_on_where_it_was(fresh, monkeypatch):
-    export, calls = slmrec.cli.candidates.export_checkpoint, []
-
-    def killed(*args, **kwargs):
-        calls.append(args)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return export(*args, **kwargs)
-
-    cut = [*LOOSE, "--no-int8-items"]
-    monkeypatch.setattr(slmrec.cli.candidates, "export_checkpoint", killed)
-    result = CliRunner().invoke(main, ["--runs", str(fresh), "tune", *cut], standalone_mode=False)
-    assert isinstance(result.exception, (Abort, KeyboardInterrupt))
-    monkeypatch.undo()
-    before = times(fresh / "tune")
-    records = json.loads((fresh / "tune" / "search.json").read_text())
-    assert len(records) == 2
-    call(fresh, "tune", *cut)
-    after = times(fresh / "tune")
-    assert {path for path in before if after.get(path) != before[path]} <= {fresh / "tune" / "search.json"}
-    assert records.items() <= json.loads((fresh / "tune" / "search.json").read_text()).items()
-    verify(fresh / "tuned-bundle")
+def test_a_killed_search_goes_on_where_it_was(killed, searched):
+    runs, before = killed
+    made = {path.parent.name for path in before if path.name == "model.onnx"}
+    assert made == {"student-export", "student-items8-export"}
+    after = times(runs)
+    assert {path for path in before if after.get(path) != before[path]} == {runs / "tune" / "search.json"}
 
 
 def test_a_bound_on_size_that_excludes_the_unpruned_leaves_a_pruned_one(searched, tmp_path):
@@ -147,6 +150,7 @@ def test_a_bound_on_size_that_excludes_the_unpruned_leaves_a_pruned_one(searched
     verify(tmp_path / "bundle")
 
 
+@pytest.mark.slow
 def test_what_fails_the_gate_is_healed_from_the_unpruned_and_once(fresh):
     arguments = ["tune", *FAST, "--accuracy-gate", "0.8", "--no-int8-items", "-m", fresh / "student"]
     text = call(fresh, *arguments)
@@ -207,7 +211,7 @@ def test_an_8_bit_checkpoint_is_no_start(searched):
 
 def test_another_students_candidates_are_replaced_on_request_alone(searched, tiny_model, tmp_path):
     runs = shutil.copytree(searched[0], tmp_path / "runs")
-    write_student(runs, tiny_model(prompt="none", num_items=30, intermediate_size=32))
+    write_student(runs, tiny_model(prompt="none", num_items=30, intermediate_size=96))
     few = [*LOOSE, "--no-int8-items", "--heal-epochs", "0"]
     with pytest.raises(ArtifactError, match="other settings or inputs"):
         call(runs, "tune", *few)
