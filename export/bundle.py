@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from export.card import model_card
+from export.card import write_papers
 from export.engine_files import ENGINE_FILE, ENGINE_FOLDER, read_engines
 from export.golden import save_golden
 from export.items import PROJECTION_FILE
@@ -77,7 +77,7 @@ def bundle(
         if benchmark is not None:
             write_json(folder / BENCHMARK_FILE, without_paths(benchmark))
         write_triton(folder, histories)
-        (folder / "README.md").write_text(model_card(graph, read_signature(folder), benchmark), encoding="utf-8")
+        write_papers(folder, graph, benchmark)
     return open_artifact(output), False
 
 

@@ -1,22 +1,39 @@
-"""The README of a bundle: a model card with a `model-index`, made from what was recorded."""
+"""What a bundle says of itself: README.md, a model card with a `model-index`, and the ML-BOM."""
 
 import json
+from pathlib import Path
 from typing import Any
 
+from export.engine_files import ENGINE_FILE, ENGINE_FOLDER, read_engines
+from export.mlbom import METRICS, MLBOM_FILE, model_lineage, write_ml_bom
+from export.runtime import read_signature
 from slmrec.artifact import Artifact
 
-METRICS = ("hr@1", "hr@5", "hr@10", "ndcg@5", "ndcg@10", "mrr")
+CARD_FILE = "README.md"
 
 
-def model_card(graph: Artifact, signature: dict[str, Any], benchmark: dict[str, Any] | None) -> str:
-    """Markdown with YAML front matter; figures come from the benchmark's row of this graph, if there is one."""
-    row = next((row for row in benchmark["rows"] if row.get("hash") == graph.hash), None) if benchmark else None
+def write_papers(folder: Path, parent: Artifact, benchmark: dict[str, Any] | None) -> None:
+    """Write model card and ML-BOM of a bundle that is complete but for them.
+
+    Args:
+        folder: of the bundle.
+        parent: the graph or bundle it is made from.
+        benchmark: figures come from its row of this very parent, if there is one.
+    """
+    row = next((row for row in benchmark["rows"] if row.get("hash") == parent.hash), None) if benchmark else None
+    (folder / CARD_FILE).write_text(model_card(folder, parent, row), encoding="utf-8")
+    write_ml_bom(folder, parent, row)
+
+
+def model_card(folder: Path, parent: Artifact, row: dict[str, Any] | None) -> str:
+    """Markdown with YAML front matter, as model hubs read it; figures are the row's, if there is one."""
     parts = [
         _front_matter(row),
         "# A recommender as an ONNX graph",
-        _contract(signature),
+        _contract(read_signature(folder)),
+        _engines(folder),
         _figures(row),
-        _lineage(graph),
+        _lineage(parent),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -71,10 +88,26 @@ def _figures(row: dict[str, Any] | None) -> str:
     return "\n".join([*lines, "", "On which machine and how: `benchmark.json`."])
 
 
-def _lineage(graph: Artifact) -> str:
-    entries = [*graph.manifest["lineage"], {"stage": graph.stage, "kind": graph.kind, "hash": graph.hash}]
+def _engines(folder: Path) -> str:
+    """The TensorRT engines that go along, or what builds them on the target."""
+    if not (folder / ENGINE_FILE).exists():
+        return ""
+    record = read_engines(folder)
+    rows = [
+        f"| `{engine['file']}` | {engine['flavor']} {engine['version']} | {engine['compute_capability'] or 'default'} |"
+        for engine in record["engines"]
+    ]
+    table = ["| file | built by | compute capability |", "|---|---|---|", *rows, ""] if rows else []
+    build = f"Build them on the target: `python {ENGINE_FOLDER}/build_engine.py --output .` (needs TensorRT alone)."
+    return "\n".join([f"## TensorRT engines, {record['precision']}", "", *table, build])
+
+
+def _lineage(parent: Artifact) -> str:
     lines = [
         f"{number}. {entry['stage']} ({entry['kind']} `{entry['hash'][:16]}`)"
-        for number, entry in enumerate(entries, 1)
+        for number, entry in enumerate(model_lineage(parent), 1)
     ]
-    return "\n".join(["## Lineage", "", *lines, "", "Settings of every stage: `manifest.json`."])
+    papers = f"""\
+Settings of every stage: `manifest.json`. As a CycloneDX ML-BOM, with hashes, data sets, packages and the licences that
+are known: `{MLBOM_FILE}`."""
+    return "\n".join(["## Lineage", "", *lines, "", papers])

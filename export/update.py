@@ -11,10 +11,11 @@ import numpy as np
 import polars as pl
 
 from export.bundle import BENCHMARK_FILE, MAX_GOLDEN, write_sums
-from export.card import model_card
+from export.card import CARD_FILE, write_papers
 from export.engine_files import ENGINE_FILE
 from export.golden import GOLDEN_FILE, save_golden, stored_golden
 from export.items import PROJECTION_FILE, ItemWeights, read_items, write_items
+from export.mlbom import MLBOM_FILE
 from export.parity import PARITY_FILE, ParityRule, check_other_graphs, compare
 from export.runtime import ITEM_DATA, SIGNATURE_FILE, OnnxRecommender, read_signature
 from export.signing import SIGNED_FILE, SUMS_FILE, fingerprint
@@ -28,8 +29,7 @@ from slmrec.recommender import Histories, TopK
 
 LEFT_BEHIND = {
     ITEM_DATA, SIGNATURE_FILE, ITEMS_FILE, GOLDEN_FILE, BENCHMARK_FILE, PARITY_FILE, SUMS_FILE, SIGNED_FILE,
-    ENGINE_FILE, MANIFEST,
-    "README.md",
+    ENGINE_FILE, MANIFEST, CARD_FILE, MLBOM_FILE,
 }  # fmt: skip
 """Files of a bundle that are made anew, or that were measured on the old catalogue."""
 MAX_CHECKED = 64
@@ -94,7 +94,7 @@ def update_items(
         write_items(folder, changed)
         _extended(catalogue, joining, changed).save(folder)
         write_triton(folder, _check_and_save_golden(bundle.path, folder, changed, len(joining)))
-        (folder / "README.md").write_text(model_card(bundle, read_signature(folder), None), encoding="utf-8")
+        write_papers(folder, bundle, None)
     return open_artifact(output), False
 
 

@@ -103,6 +103,9 @@ def test_rtx_engines_for_two_devices_go_into_a_bundle_but_not_to_triton(runs, tm
     bundle(graph, load_dataset(runs / "data"), tmp_path / "bundle")
     names = {path.relative_to(tmp_path / "bundle").as_posix() for path in (tmp_path / "bundle").rglob("*")}
     assert {"model_sm80.rtx", "engine/build_engine.py", "engine/recipe.json", "engine/model.onnx.data"} <= names
+    card, bom = ((tmp_path / "bundle" / name).read_text() for name in ("README.md", "mlbom.cdx.json"))
+    assert "| `model_sm86.rtx` | rtx " in card
+    assert ('"model_sm86.rtx"' in bom, "build_engine.py --output" in card) == (True, True)
     assert not {name for name in names if name.startswith("triton") and name.endswith((".rtx", ".plan"))}
     assert verify(tmp_path / "bundle").parity.num_equal_lists == verify(tmp_path / "bundle").parity.num_users
     answer = call(runs, "recommend", "-m", tmp_path / "engine", "-k", 3, "--json", "1", "2")
