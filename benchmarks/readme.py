@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from choosing import choosing, item_scaling
 from scale_tables import bulk, scale, scale_bytes
 
 ROOT = Path(__file__).parents[1]
@@ -319,8 +320,12 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "bulk": bulk,
     "scale": scale,
     "scale_bytes": scale_bytes,
+    "choosing": choosing,
+    "item_scaling": item_scaling,
 }
-RECORDED_AS = {"baselines": "baselines_ml_100k", "slmrec": "slmrec_ml_100k", "scale_bytes": "scale"}
+RECORDED_AS = {
+    "baselines": "baselines_ml_100k", "slmrec": "slmrec_ml_100k", "scale_bytes": "scale", "choosing": "orthogonality",
+}  # fmt: skip
 """Results whose file is not named as their table."""
 
 
