@@ -207,18 +207,15 @@ def _libraries() -> list[dict[str, Any]]:
     }  # fmt: skip
     return [
         python,
-        *(
-            {
-                "type": "library",
-                "bom-ref": f"pkg:pypi/{name}@{quote(version)}",
-                "name": name,
-                "version": version,
-                "purl": f"pkg:pypi/{name}@{quote(version)}",
-                "scope": "required" if name in NEEDED else "excluded",
-            }
-            for name, version in sorted(versions.items())
-        ),
+        *(_library(name, version) for name, version in sorted(versions.items())),
     ]
+
+
+def _library(name: str, version: str) -> dict[str, Any]:
+    reference = f"pkg:pypi/{name}@{quote(version)}"
+    scope = "required" if name in NEEDED else "excluded"
+    found = {"type": "library", "bom-ref": reference, "name": name, "version": version, "scope": scope}
+    return found | ({} if name == "slmcompress" else {"purl": reference})  # which no public index holds
 
 
 def _tool() -> dict[str, Any]:

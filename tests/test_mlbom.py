@@ -174,7 +174,7 @@ print(*{{name.partition(".")[0] for name in sys.modules}})
     assert required - {"slmcompress"} == (set(libraries) | {"jaxtyping", "psutil", "pyarrow"}) & set(loaded)
     assert libraries["torch"]["version"] == library_versions()["torch"]
     assert document(made / "bundle")["dependencies"][0]["dependsOn"] == ["python", *sorted(
-        libraries[name]["purl"] for name in NEEDED
+        libraries[name]["bom-ref"] for name in NEEDED
     )]  # fmt: skip
 
 
