@@ -11,7 +11,7 @@ from slmrec.errors import CheckError
 
 CLEARLY = 1.25
 """A median time this many times a bound is too slow however quiet the machine gets; a time this many times below it
-stays below. Sizes alike: 8-bit checkpoints keep a few layers in fp32, and not always the same ones."""
+stays below. Sizes alike, for graphs of one shape differ by a little."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +72,8 @@ class Candidate:
     num_layers: int
     heal_epochs: int = 0
     int8: bool = False
+    keeps_layers: bool = False
+    """8-bit but for the most sensitive layers, as many as the gate asks for."""
     int8_items: bool = False
 
     @property
@@ -81,10 +83,11 @@ class Candidate:
 
     @property
     def checkpoint(self) -> str:
-        """Name of its checkpoint's folder, such as student-l3-heal1-int8."""
+        """Name of its checkpoint's folder, such as student-l3-heal1-int8-keep."""
         depth = f"-l{self.num_layers}" if self.is_pruned else ""
         healed = f"-heal{self.heal_epochs}" if self.heal_epochs else ""
-        return f"{self.base.name}{depth}{healed}" + ("-int8" if self.int8 else "")
+        kept = "-keep" if self.keeps_layers else ""
+        return f"{self.base.name}{depth}{healed}" + (f"-int8{kept}" if self.int8 else "")
 
     @property
     def name(self) -> str:
@@ -135,6 +138,7 @@ def candidates(bases: Sequence[Base], config: SearchConfig) -> list[Candidate]:
             one.heal_epochs > 0,
             one.is_pruned,
             one.int8,
+            one.keeps_layers,
             one.base.num_layers,
             order[one.base.name],
             -one.num_layers,
@@ -157,9 +161,9 @@ def _versions(base: Base, config: SearchConfig) -> list[Candidate]:
     cuts = [(base.num_layers, 0)]
     cuts += [(depth, epochs) for depth in dict.fromkeys(depths) for epochs in {0, config.heal_epochs}]
     return [
-        Candidate(base=base, num_layers=depth, heal_epochs=epochs, int8=int8, int8_items=int8_items)
+        Candidate(base=base, num_layers=depth, heal_epochs=epochs, int8=int8, keeps_layers=keeps, int8_items=int8_items)
         for depth, epochs in cuts
-        for int8 in (False, True)
+        for int8, keeps in ((False, False), (True, False), (True, True))
         for int8_items in ((False, True) if config.int8_items else (False,))
     ]
 
@@ -170,8 +174,10 @@ def needless(candidate: Candidate, outcomes: Sequence[Outcome], bounds: Constrai
     A less compressed version that clearly fails the gate (the upper end of its interval does) speaks for all that is
     made of it; one with the fp32 item table, whose lists are the same, for the 8-bit table. A version no larger that
     is clearly too slow or too large speaks for it too; one that clearly keeps to every bound cannot be beaten by it,
-    for the fastest is what is looked for.
+    for the fastest is what is looked for. Layers are kept in fp32 only where 8 bits in all of them are what fails.
     """
+    if candidate.keeps_layers and (reason := _keeping_is_needless(candidate, outcomes, bounds)):
+        return reason
     for outcome in outcomes:
         if outcome.row is None:
             continue
@@ -272,14 +278,28 @@ def _times(row: Row) -> list[str]:
     return [f"{latency[name]:.2f}{star}" if name in latency else "–" for name in ("p50_ms", "p99_ms")]
 
 
+def _keeping_is_needless(candidate: Candidate, outcomes: Sequence[Outcome], bounds: Constraints) -> str | None:
+    """Why no layers need be kept in fp32: without, the gate holds as well, or fails in fp32 already."""
+    plain = replace(candidate, keeps_layers=False, int8_items=False)
+    for outcome in outcomes:
+        if outcome.candidate == plain and outcome.row is None:
+            return f"{plain.name} was {outcome.state}"
+        if outcome.candidate == plain and outcome.row is not None and not _fails(outcome.row, bounds):
+            return f"{plain.name} keeps to the gate"
+        if outcome.candidate == replace(plain, int8=False) and outcome.row is not None and _fails(outcome.row, bounds):
+            return f"{outcome.candidate.name} fails the gate before any layer is 8-bit"
+    return None
+
+
 def _is_less_compressed(one: Candidate, other: Candidate) -> bool:
     healed_alike = not one.is_pruned or one.heal_epochs == other.heal_epochs
     at_least = one.num_layers >= other.num_layers and one.int8 <= other.int8 and one.int8_items <= other.int8_items
-    return one.base == other.base and one != other and healed_alike and at_least
+    keeps_less = one.int8 and other.keeps_layers and not one.keeps_layers
+    return one.base == other.base and one != other and healed_alike and at_least and not keeps_less
 
 
 def _is_no_larger(one: Candidate, other: Candidate) -> bool:
-    precision = (one.int8, one.int8_items) == (other.int8, other.int8_items)
+    precision = (one.int8, one.int8_items) == (other.int8, other.int8_items) and one.keeps_layers <= other.keeps_layers
     return one.base.shape == other.base.shape and precision and one.num_layers <= other.num_layers
 
 

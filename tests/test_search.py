@@ -49,9 +49,10 @@ def why(candidate, *known, bounds=BOUNDS):
 def test_what_is_cheap_to_make_comes_first():
     names = [one.name for one in candidates([Base("s", 2, "x")], config())]
     assert names == [
-        "s", "s-items8", "s-int8", "s-int8-items8",
-        "s-l1", "s-l1-items8", "s-l1-int8", "s-l1-int8-items8",
-        "s-l1-heal1", "s-l1-heal1-items8", "s-l1-heal1-int8", "s-l1-heal1-int8-items8",
+        "s", "s-items8", "s-int8", "s-int8-items8", "s-int8-keep", "s-int8-keep-items8",
+        "s-l1", "s-l1-items8", "s-l1-int8", "s-l1-int8-items8", "s-l1-int8-keep", "s-l1-int8-keep-items8",
+        "s-l1-heal1", "s-l1-heal1-items8", "s-l1-heal1-int8", "s-l1-heal1-int8-items8", "s-l1-heal1-int8-keep",
+        "s-l1-heal1-int8-keep-items8",
     ]  # fmt: skip
 
 
@@ -61,7 +62,7 @@ def test_the_first_checkpoint_is_the_reference_and_nothing_is_trained_before_all
     healed = [one.heal_epochs for one in plan]
     assert healed == sorted(healed)
     assert {one.num_layers for one in plan if one.base == TEACHER} == {8, 6, 4}
-    assert len({one.name for one in plan}) == len(plan) == 2 * 5 * 4
+    assert len({one.name for one in plan}) == len(plan) == 2 * 5 * 6
     for position, one in enumerate(plan):  # what a candidate is made from comes before it
         whole = of(one.base, int8=one.int8, int8_items=one.int8_items)
         fp32 = Candidate(base=one.base, num_layers=one.num_layers, heal_epochs=one.heal_epochs)
@@ -71,7 +72,7 @@ def test_the_first_checkpoint_is_the_reference_and_nothing_is_trained_before_all
 
 def test_without_healing_every_candidate_is_tried_once_and_none_is_trained():
     plan = candidates([STUDENT], config(heal_epochs=0, num_layers=(3, 3, 1)))
-    assert len(set(plan)) == len(plan) == 3 * 4
+    assert len(set(plan)) == len(plan) == 3 * 6
     assert not any(one.heal_epochs for one in plan)
 
 
@@ -117,6 +118,20 @@ def test_nothing_is_made_that_cannot_be_faster_than_what_keeps_to_every_bound():
         assert why(other, good) is None
     near = (of(layers=3), row(p50=9.0, p99=19.0))  # a noisier minute, and it would not
     assert why(of(layers=3, heal_epochs=1), near) is None
+
+
+def test_layers_are_kept_in_fp32_only_where_8_bits_in_all_of_them_are_what_fails():
+    keep, plain = of(int8=True, keeps_layers=True), of(int8=True)
+    good, bad, terrible = row(kept=0.995, p99=19.0), row(kept=0.985), row(kept=0.5)
+    for failed in (bad, terrible):
+        assert why(keep, (of(), good), (plain, failed)) is None
+        assert why(of(layers=3, int8=True, keeps_layers=True), (of(), good), (plain, failed)) is None
+    assert "student-int8 keeps to the gate" in why(keep, (of(), good), (plain, good))
+    assert "student fails the gate before" in why(keep, (of(), bad), (plain, bad))
+    assert "exceeds a bound" in why(keep, (of(), good), (plain, row(kept=0.985, p50=26.0)))
+    for refused, said in ((False, "student-int8 was skipped"), (True, "student-int8 was refused")):
+        unmeasured = Outcome(plain, reason="whatever", refused=refused)
+        assert needless(keep, [Outcome(of(), good), unmeasured], BOUNDS) == said
 
 
 def test_what_was_not_measured_excludes_nothing():

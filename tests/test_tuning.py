@@ -88,8 +88,10 @@ def times(folder):
 def test_the_cheap_are_measured_and_none_is_healed_that_need_not_be(searched):
     runs, result = searched
     states = {one["name"]: one["state"] for one in result["candidates"]}
-    assert list(states.values()) == ["measured"] * 8 + ["skipped"] * 4
-    assert all("heal1" in name for name, state in states.items() if state == "skipped")
+    assert {name for name, state in states.items() if state == "measured"} == {
+        f"student{depth}{bits}{items}" for depth in ("", "-l1") for bits in ("", "-int8") for items in ("", "-items8")
+    }
+    assert set(states.values()) == {"measured", "skipped"}
     assert "student-l1 is no larger and keeps to every bound" in row_of(result, "student-l1-heal1")["reason"]
     made = {path.name for path in (runs / "tune").iterdir() if path.is_dir()}
     exported = {f"{name}-export" for name, state in states.items() if state == "measured"}
@@ -163,6 +165,16 @@ def test_what_fails_the_gate_is_healed_from_the_unpruned_and_once(fresh):
     assert times(fresh) == before
 
 
+@pytest.mark.slow
+def test_where_8_bits_in_all_layers_fail_the_gate_some_are_kept(fresh):
+    few = [*FAST, "--heal-epochs", "0", "--no-int8-items"]
+    result = json.loads(call(fresh, "tune", *few, "--accuracy-gate", "0.98", "--json"))
+    ratios = [row_of(result, f"student{bits}")["ratios"]["ndcg@10"]["ratio"] for bits in ("", "-int8", "-int8-keep")]
+    assert ratios[1] < 0.98 <= ratios[2]
+    assert json.loads((fresh / "tune" / "student-int8-keep" / "gate.json").read_text())["kept_fp"]
+    assert "student-l1 fails the gate" in row_of(result, "student-l1-int8-keep")["reason"]
+
+
 def test_bounds_that_nothing_keeps_to_name_the_nearest_and_bundle_nothing(searched, tmp_path):
     runs, _ = searched
     tight = ["--max-latency-ms", "p50=0.001", "--accuracy-gate", "0.05", *FAST, "-o", tmp_path / "bundle", "--json"]
@@ -209,6 +221,7 @@ def test_an_8_bit_checkpoint_is_no_start(searched):
         call(runs, "tune", "-m", runs / "tune" / "student-int8")
 
 
+@pytest.mark.slow
 def test_another_students_candidates_are_replaced_on_request_alone(searched, tiny_model, tmp_path):
     runs = shutil.copytree(searched[0], tmp_path / "runs")
     write_student(runs, tiny_model(prompt="none", num_items=30, intermediate_size=96))
@@ -222,6 +235,7 @@ def test_another_students_candidates_are_replaced_on_request_alone(searched, tin
 def test_a_dry_run_names_the_candidates_in_order_and_makes_nothing(started):
     text = call(started, "tune", "--dry-run", "--no-int8-items", "--num-layers", "2", "--heal-epochs", "2")
     assert text.split() == [
-        "student", "student-int8", "student-l2", "student-l2-int8", "student-l2-heal2", "student-l2-heal2-int8"
+        "student", "student-int8", "student-int8-keep", "student-l2", "student-l2-int8", "student-l2-int8-keep",
+        "student-l2-heal2", "student-l2-heal2-int8", "student-l2-heal2-int8-keep",
     ]  # fmt: skip
     assert not (started / "tune").exists()

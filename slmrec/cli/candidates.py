@@ -26,6 +26,8 @@ from slmrec.search import Base, Candidate, Outcome, SearchConfig, finalists, kep
 from slmrec.sequences import Cases, validation_cases
 
 SEARCH_FILE = "search.json"
+OPEN_GATE = 1e-6
+"""For `quantize` where the search's own gate judges."""
 MACHINE = ("cpu", "usable_cores", "gpu")
 """What times of an earlier run have to have in common with this one to be read again."""
 
@@ -133,22 +135,22 @@ class Search:
         """The checkpoint of a candidate, its parents made before it."""
         output = self.folder / candidate.checkpoint
         if candidate.int8:
-            parent = self._checkpoint(replace(candidate, int8=False))
-            return self._made(
-                lambda force: quantize(parent, self.data, output, self._quantizing(), device=self.device, force=force)
-            )
+            parent = self._checkpoint(replace(candidate, int8=False, keeps_layers=False))
+            bits = self._quantizing(candidate)
+            return self._made(lambda force: quantize(parent, self.data, output, bits, device=self.device, force=force))
         base = self.artifacts[candidate.base.name]
         if not candidate.is_pruned:
             return base
         pruning = self._pruning(candidate)
         return self._made(lambda force: prune(base, self.data, output, pruning, device=self.device, force=force))
 
-    def _quantizing(self) -> QuantizeConfig:
-        """With layers kept in fp32 where the gate asks for it: the search wants the best that 8 bits can give."""
+    def _quantizing(self, candidate: Candidate) -> QuantizeConfig:
+        """All layers, judged by the search's gate alone; or by the stage's own, which keeps layers until it holds."""
         calibration = CalibrationConfig(seed=self.config.train.seed)
         gate = self.config.constraints.min_ndcg
         assert gate is not None
-        return QuantizeConfig(accuracy_gate=gate, auto_keep=True, calibration=calibration)
+        keeps = candidate.keeps_layers
+        return QuantizeConfig(accuracy_gate=gate if keeps else OPEN_GATE, auto_keep=keeps, calibration=calibration)
 
     def _pruning(self, candidate: Candidate) -> PruneConfig:
         train, epochs = self.config.train, candidate.heal_epochs
