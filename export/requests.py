@@ -54,8 +54,12 @@ def recommend_file(recommender: Recommender, items: Catalogue, source: Path, tar
         raise DataError(f"the answers would replace the requests in {source}", remedy="another --output file")
     if not source.is_file():
         raise DataError(f"{source} is not a file", remedy='lines such as {"user": "1", "history": ["50", "172"]}')
-    target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+    except OSError as error:
+        raise DataError(f"{target} cannot be written: {error.strerror}", remedy="another --output") from None
     try:
         with readable(source), AnswerWriter(partial, target.suffix) as writer:
             done = answer_all(recommender, items, _read(source), writer, k)
@@ -160,7 +164,10 @@ def parse_request(record: Any, line: int, source: Path) -> Request:
             what = "more cells than the header" if name is None else f"the field {name!r}; is it {meant[0]!r}?"
             raise _malformed(source, line, what)
     lists = [_ids(record.get(name), line, source) for name in ("history", "exclude")]
-    return Request(source, line, str(record.get("user", line)), *lists)
+    user = record.get("user", line)
+    if not isinstance(user, str | int) or isinstance(user, bool):
+        raise _malformed(source, line, f"the user is {user!r}, expected is text or a whole number")
+    return Request(source, line, str(user), *lists)
 
 
 def _ids(value: Any, line: int, source: Path) -> list[str]:

@@ -48,9 +48,9 @@ def check_signature(folder: Path, key: Path) -> None:
 
 def fingerprint(key: Path) -> str:
     """sha256 of the public half of a private key, by which a manifest names who signed."""
-    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-
-    return hashlib.sha256(_private(key).public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)).hexdigest()
+    raw = _library()[0]
+    public = _private(key).public_key().public_bytes(raw.Encoding.Raw, raw.PublicFormat.Raw)
+    return hashlib.sha256(public).hexdigest()
 
 
 def _private(key: Path) -> Any:

@@ -379,7 +379,8 @@ def _share(path: Path) -> None:
 
 
 def _replaced(output: Path) -> Path:
-    return output.with_name(f".{output.name}.replaced")
+    whole = output.absolute()  # "." has no name
+    return whole.with_name(f".{whole.name}.replaced")
 
 
 def _restore_interrupted(output: Path) -> None:

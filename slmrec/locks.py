@@ -38,15 +38,18 @@ def claimed(output: Path) -> Iterator[None]:
     The kernel drops the lock of a process that ends however it ends; a lock file left behind locks nothing.
 
     Raises:
-        ArtifactError: another process is writing it.
+        ArtifactError: another process is writing it, or nobody can.
     """
     resolved = output.absolute()
     path = resolved.with_name(f".{resolved.name}.lock")
     if path in _held or not is_main_process():
         yield
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _held[path] = _locked(path, output)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _held[path] = _locked(path, output)
+    except OSError as error:
+        raise ArtifactError(f"{output} cannot be written: {error.strerror}", remedy="another --output") from None
     try:
         yield
     finally:

@@ -254,6 +254,14 @@ def test_a_signed_bundle_verifies_with_the_signers_key_alone(signed, keys):
         verify(signed, key=keys / "other.pub.pem")
 
 
+def test_signing_without_its_library_says_what_to_install(made, keys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives", None)
+    data, graph = load_dataset(made.parent / "data"), open_artifact(made.parent / "export")
+    with pytest.raises(ConfigError, match="signatures need the package cryptography"):
+        bundle(graph, data, tmp_path / "signed", key=keys / "mine.pem")
+    assert not (tmp_path / "signed").exists()
+
+
 def test_an_unsigned_bundle_fails_where_a_signature_is_asked_for(copy, keys):
     with pytest.raises(CheckError, match="is not signed"):
         verify(copy, key=keys / "mine.pub.pem")

@@ -1,7 +1,9 @@
 """Two runs never make one output at the same time."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -55,3 +57,17 @@ def test_claims_of_one_process_nest_and_the_outermost_ends_them(tmp_path):
     with pytest.raises(ZeroDivisionError), claimed(tmp_path / "made"):
         1 / 0  # noqa: B018
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="a folder that nobody can write in is needed")
+def test_an_output_nobody_can_write_is_one_message():
+    with pytest.raises(ArtifactError, match="/proc/made cannot be written"), claimed(Path("/proc/made")):
+        pass
+
+
+def test_a_folder_named_by_a_dot_that_holds_something_else_is_left_alone(tmp_path, monkeypatch):
+    (tmp_path / "mine.txt").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArtifactError, match="was not made by slmcompress"):
+        publish(Path(), PLAN).__enter__()
+    assert (tmp_path / "mine.txt").read_text() == "mine"

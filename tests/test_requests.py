@@ -149,3 +149,20 @@ def test_a_title_is_matched_whole_whatever_its_case():
     assert ITEMS.to_internal(["alien", "ALIEN", "d e"]).tolist() == [1, 1, 4]
     with pytest.raises(DataError, match="'Alie' is not among"):
         ITEMS.to_internal(["Alie"])
+
+
+@pytest.mark.parametrize("user", [None, True, 1.5, {"a": 1}])
+def test_a_user_is_text_or_a_whole_number(tmp_path, user):
+    source = tmp_path / "in.jsonl"
+    source.write_text(json.dumps({"user": user, "history": ["a"]}) + "\n")
+    with pytest.raises(DataError, match=r"in\.jsonl:1: the user is"):
+        recommend_file(Successor(), ITEMS, source, tmp_path / "out.jsonl", 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_answers_that_cannot_be_written_are_one_message(tmp_path):
+    source = tmp_path / "in.jsonl"
+    source.write_text(json.dumps(REQUESTS[0]) + "\n")
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"out\.jsonl cannot be written"):
+        recommend_file(Successor(), ITEMS, source, tmp_path / "file" / "out.jsonl", 2)
