@@ -166,7 +166,7 @@ def test_only_the_first_malformed_rows_are_shown(tmp_path: Path) -> None:
         ("log.csv", b"", "is empty"),
         ("log.txt", b"\n", "is empty"),
         ("u.data.gz", b"no gzip at all", "cannot be unpacked"),
-        ("log.csv.gz", gzip.compress(b"user,item,time\n" + b"a,b,1\n" * 99)[:-20], "cannot be unpacked"),
+        ("log.csv.gz", gzip.compress(b"user,item,time\n" + b"a,b,1\n" * 99, mtime=0)[:-20], "cannot be unpacked"),
         ("log.parquet", b"PAR1 and no more", "is not Parquet"),
         ("log.jsonl", b"{not json}\n", ":1 is not JSON"),
     ],
