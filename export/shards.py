@@ -152,4 +152,4 @@ def _check_columns(schema: Any, file: Path) -> None:
     texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_integer)
     if not any(fits(kind) for fits in texts):
         raise DataError(f"users in {file} are of type {kind}", remedy=REQUEST_COLUMNS)
-    parse_request(dict.fromkeys(schema.names), 1, file)
+    parse_request(dict.fromkeys(schema.names, ""), 1, file)

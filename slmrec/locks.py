@@ -48,6 +48,8 @@ def claimed(output: Path) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _held[path] = _locked(path, output)
+    except (FileExistsError, NotADirectoryError):
+        raise  # a file in the way, which the command line tells
     except OSError as error:
         raise ArtifactError(f"{output} cannot be written: {error.strerror}", remedy="another --output") from None
     try:
