@@ -379,8 +379,7 @@ def _share(path: Path) -> None:
 
 
 def _replaced(output: Path) -> Path:
-    whole = output.absolute()  # "." has no name
-    return whole.with_name(f".{whole.name}.replaced")
+    return output.absolute().with_name(f".{output.absolute().name}.replaced")  # "." alone has no name
 
 
 def _restore_interrupted(output: Path) -> None:
