@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from export.engine_files import ENGINE_FILE, ENGINE_FOLDER, read_engines
-from export.mlbom import METRICS, MLBOM_FILE, model_lineage, write_ml_bom
+from export.mlbom import METRICS, MLBOM_FILE, known_licences, model_lineage, write_ml_bom
 from export.runtime import read_signature
 from slmrec.artifact import Artifact
 
@@ -103,11 +103,14 @@ def _engines(folder: Path) -> str:
 
 
 def _lineage(parent: Artifact) -> str:
+    lineage = model_lineage(parent)
     lines = [
         f"{number}. {entry['stage']} ({entry['kind']} `{entry['hash'][:16]}`)"
-        for number, entry in enumerate(model_lineage(parent), 1)
+        for number, entry in enumerate(lineage, 1)
     ]
+    licences = [f"* {name}: {licence}" for name, licence in known_licences(lineage).items()]
     papers = f"""\
 Settings of every stage: `manifest.json`. As a CycloneDX ML-BOM, with hashes, data sets, packages and the licences that
 are known: `{MLBOM_FILE}`."""
-    return "\n".join(["## Lineage", "", *lines, "", papers])
+    made_of = ["## Licences of what it was made from", "", *licences] if licences else []
+    return "\n".join(["## Lineage", "", *lines, "", papers, "", *made_of]).rstrip()

@@ -189,6 +189,16 @@ def _dataset(entry: Entry) -> dict[str, Any]:
     return found
 
 
+def known_licences(lineage: Sequence[Entry]) -> dict[str, str]:
+    """Licences of the data sets and pretrained decoders of a lineage, by name; "unknown" where it is not known here."""
+    data = [_dataset(entry) for entry in lineage if entry["kind"] == "dataset"]
+    found = {}
+    for one in [*data, *_backbones(lineage)]:
+        licence = one["licenses"][0]["license"] if "licenses" in one else {}
+        found[one["name"]] = licence.get("name") or licence.get("id") or "unknown"
+    return found
+
+
 def _licences(source: Source) -> list[dict[str, Any]]:
     kind = "name" if " " in source.licence else "id"
     return [{"license": {kind: source.licence}}]

@@ -42,7 +42,8 @@ def export_checkpoint(
     if engine is not None:
         builder = builder_for(engine)
         kind = "graph" if isinstance(builder, str) else "engine"
-        settings |= {"engine": settings_of(engine), "builder": None if isinstance(builder, str) else builder[0]}
+        built = settings_of(engine) | {"timing_cache": None}  # of how fast it is built, not of what
+        settings |= {"engine": built, "builder": None if isinstance(builder, str) else builder[0]}
     stage = stage_on(data, checkpoint, "export", kind, settings)
     if is_up_to_date(output, stage, force=force):
         return open_artifact(output), True

@@ -38,11 +38,16 @@ class Request:
     exclude: Sequence[str]
 
 
-def recommend_file(recommender: Recommender, items: Catalogue, source: Path, target: Path, k: int) -> int:
+def recommend_file(
+    recommender: Recommender, items: Catalogue, source: Path, target: Path, k: int, *, force: bool = False
+) -> int:
     """Answer every request of a file in its order; gives the number of users. Memory does not grow with the file.
 
+    Earlier answers in `target` are replaced, another file only with `force`.
+
     Raises:
-        DataError: the file is missing, malformed, or names an item that is not in the catalogue.
+        DataError: the file is missing, malformed, or names an item that is not in the catalogue; or `target` is a file
+            of something else.
     """
     for path in (source, target):
         if path.suffix not in FORMATS:
@@ -58,9 +63,12 @@ def recommend_file(recommender: Recommender, items: Catalogue, source: Path, tar
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial.touch()
+        foreign = target.exists() and not force and not _holds_answers(target)
     except OSError as error:
         raise DataError(f"{target} cannot be written: {error.strerror}", remedy="another --output") from None
     try:
+        if foreign:
+            raise DataError(f"{target} is there and holds no recommendations", remedy="another --output, or --force")
         with readable(source), AnswerWriter(partial, target.suffix) as writer:
             done = answer_all(recommender, items, _read(source), writer, k)
         if not done:
@@ -137,6 +145,8 @@ def _read(source: Path) -> Iterator[Request]:
     if source.suffix == ".jsonl":
         with source.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
                 try:
                     yield parse_request(json.loads(line), number, source)
                 except json.JSONDecodeError as error:
@@ -191,6 +201,24 @@ def _malformed(source: Path, line: int, what: str) -> DataError:
         f"{source.name}:{line}: {what}",
         remedy='{"user": "1", "history": ["50", "172"], "exclude": []}, or these columns',
     )
+
+
+def _holds_answers(path: Path) -> bool:
+    """Whether a file looks like what `AnswerWriter` makes, or is empty."""
+    if path.suffix == ".parquet":
+        try:
+            names: list[str] = pq.read_schema(path).names
+        except pa.ArrowException:
+            return False
+        return bool(names == SCHEMA.names)
+    with path.open("rb") as stream:
+        first = stream.readline(LONGEST_CELL)
+    if path.suffix == ".csv":
+        return first in (b"", b"user,items,scores\n")
+    try:
+        return not first or set(json.loads(first)) == set(SCHEMA.names)
+    except (ValueError, TypeError):
+        return False
 
 
 class AnswerWriter:

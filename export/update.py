@@ -32,6 +32,8 @@ LEFT_BEHIND = {
     ENGINE_FILE, MANIFEST, CARD_FILE, MLBOM_FILE,
 }  # fmt: skip
 """Files of a bundle that are made anew, or that were measured on the old catalogue."""
+COLUMNS = ("item", "title", "similar", "vector", "output_vector", "bias")
+"""Of a file of new items."""
 MAX_CHECKED = 64
 """New items whose first recommendations are checked."""
 
@@ -211,10 +213,14 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 def _new_item(row: dict[str, Any], where: str, catalogue: Catalogue, widths: tuple[ItemWeights, int]) -> NewItem:
     tables, item_dim = widths
+    unknown = [name for name in row if name not in COLUMNS]
+    if unknown:
+        raise DataError(f"{where}: the column {unknown[0]!r} is unknown", remedy=f"columns of {', '.join(COLUMNS)}")
     item, title, bias = row.get("item"), row.get("title"), row.get("bias")
-    if item is None or item == "" or not isinstance(title, str | None):
+    if not isinstance(item, str | int) or isinstance(item, bool) or item == "" or not isinstance(title, str | None):
         raise DataError(
-            f"{where}: no item id, or a title that is no text", remedy="a column item with an id in every row"
+            f"{where}: the item is {item!r}, its title {title!r}; expected are an id and a text",
+            remedy="a column item with an id in every row",
         )
     similar, vector, output = (row.get(name) for name in ("similar", "vector", "output_vector"))
     if (similar is None) == (vector is None) or similar == []:

@@ -48,12 +48,12 @@ class Verified:
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes), "verified"])
 
 
-def verify(path: Path, *, key: Path | None = None) -> Verified:
+def verify(path: Path, *, key: Path | None = None, provider: str = "CPUExecutionProvider") -> Verified:
     """Check files first, then load; the first thing that does not hold ends it.
 
     Order: with a public key, the signature (a bundle without one fails); no link or special file; every byte by
     SHA256SUMS; the manifest's list; external data and file names inside the bundle; versions (differences are noted);
-    golden requests by the recorded rule.
+    golden requests by the recorded rule, answered by ONNX Runtime's provider named.
 
     Raises:
         CheckError: the bundle is not what was made, or does not answer as it did.
@@ -83,7 +83,7 @@ def verify(path: Path, *, key: Path | None = None) -> Verified:
     notes = [f"{n} is {here.get(n)} here, {made.get(n)} there" for n in watched if here.get(n) != made.get(n)]
     if key is None and (path / SIGNED_FILE).exists():
         notes.append("the signature was not checked (--key)")
-    return Verified(path, num_files + (path / SIGNED_FILE).exists(), _golden(path), notes)
+    return Verified(path, num_files + (path / SIGNED_FILE).exists(), _golden(path, provider), notes)
 
 
 def _require_plain_files(path: Path) -> None:
@@ -148,10 +148,10 @@ def _tensors(graph: Any) -> Iterator[Any]:
                 yield from _tensors(inner)
 
 
-def _golden(path: Path) -> Parity:
+def _golden(path: Path, provider: str) -> Parity:
     rule = ParityRule(**json.loads((path / RULE_FILE).read_text(encoding="utf-8")))
     histories, expected = stored_golden(path)
-    actual = OnnxRecommender(path).recommend(histories, expected.item_ids.shape[1])
+    actual = OnnxRecommender(path, provider=provider).recommend(histories, expected.item_ids.shape[1])
     check_other_graphs(path, histories)
     first = slice(None, 10)
     return compare(

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from export.runtime import DECODER_DATA, ITEM_DATA
+from export.runtime import DATA_FILES, DECODER_DATA, ITEM_DATA
 
 MICROSOFT = "com.microsoft"
 """ONNX Runtime's own operations."""
@@ -141,20 +141,16 @@ class GraphWriter:
 
 
 def save_graphs(graphs: Mapping[str, GraphWriter], folder: Path) -> None:
-    """Write graphs by file name, and their data files; constants that several graphs have are there once."""
-    files: dict[str, _DataFile] = {}
-    try:
+    """Write graphs by file name, and both data files, empty ones too; what several graphs hold is there once."""
+    with contextlib.ExitStack() as opened:  # closes both, also where the disk is full
+        files = {name: opened.enter_context(contextlib.closing(_DataFile(folder / name))) for name in DATA_FILES}
         for name, graph in graphs.items():
-            outside = {}
-            for constant, (array, file) in graph.constants.items():
-                if array.nbytes > INLINE_BYTES or file != DECODER_DATA:
-                    if file not in files:
-                        files[file] = _DataFile(folder / file)
-                    outside[constant] = files[file].add(constant, array)
+            outside = {
+                constant: files[file].add(constant, array)
+                for constant, (array, file) in graph.constants.items()
+                if array.nbytes > INLINE_BYTES or file != DECODER_DATA
+            }
             _write(folder / name, graph.model(outside).SerializeToString(deterministic=True))
-    finally:
-        for data in files.values():
-            data.close()
 
 
 class _DataFile:

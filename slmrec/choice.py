@@ -10,6 +10,8 @@ from slmrec.errors import ConfigError
 
 Row = Mapping[str, Any]
 DEFAULT_MIN_NDCG = 0.99
+MOST_NDCG = 2
+"""Shares from here on are percentages that were typed by mistake."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +32,11 @@ class Constraints:
                 f"max_latency_ms {percentile}={limit} is no bound",
                 "--max-latency-ms p99=20 (or p50, p90, p95)",
             )
-        require(self.min_ndcg is None or self.min_ndcg > 0, f"min_ndcg={self.min_ndcg}", "--min-ndcg 0.99")
+        require(
+            self.min_ndcg is None or 0 < self.min_ndcg < MOST_NDCG,
+            f"min_ndcg={self.min_ndcg} is no share of the baseline's NDCG@10",
+            "--min-ndcg 0.99",
+        )
         size = self.max_size_mb
         require(size is None or size > 0, f"max_size_mb={size} is not above 0", "--max-size-mb 100")
 

@@ -1,6 +1,8 @@
 """Settings of every stage: one frozen dataclass each, checked once when it is made."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from slmrec.checks import require, require_choice, require_least
@@ -330,6 +332,14 @@ class BenchmarkConfig:
         )
 
 
-def settings_of(config: Any) -> dict[str, Any]:
-    """A config as plain JSON values, nested ones included; what a manifest records."""
-    return asdict(config)
+def settings_of(config: Any, *, hashed: Sequence[str] = ()) -> dict[str, Any]:
+    """A config as plain JSON values, nested ones included; what a manifest records.
+
+    Fields in `hashed` are files or folders whose content is recorded beside them: of those that exist here the name
+    alone is kept, since another spelling of a path is no other setting, and where they lay is nobody's business.
+    """
+    found = asdict(config)
+    for name in hashed:
+        if found[name] is not None and Path(found[name]).exists():
+            found[name] = Path(found[name]).resolve().name
+    return found

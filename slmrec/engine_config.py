@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from slmrec.checks import require, require_choice
 from slmrec.errors import ConfigError
@@ -59,15 +60,33 @@ class EngineConfig:
                 f"compute_capability={one!r} is none",
                 "--compute-capability 8.0,8.9",
             )
-        for name in ("min_shapes", "opt_shapes", "max_shapes"):
-            parse_shapes(getattr(self, name) or "", f"--{name.replace('_', '-')}")
+        self._require_ascending()
         require(
             self.timing_cache is None or self.flavor != "rtx",
             "TensorRT-RTX keeps no kernel timings",
             "leave out --timing-cache, or --trt-flavor tensorrt",
         )
+        require(
+            self.timing_cache is None or Path(self.timing_cache).parent.is_dir(),
+            f"the folder of timing_cache={self.timing_cache} does not exist",
+            "--timing-cache FILE in a folder that is there",
+        )
         if self.precision == "fp8":
             self.require_fp8()
+
+    def _require_ascending(self) -> None:
+        """Refuse shapes out of order before a graph is made; `profile_of` judges them with what was not asked for."""
+        largest: dict[str, tuple[int, ...]] = {}
+        for name in ("min_shapes", "opt_shapes", "max_shapes"):
+            flag = f"--{name.replace('_', '-')}"
+            for tensor, shape in parse_shapes(getattr(self, name) or "", flag).items():
+                least = largest.get(tensor, (0, 0))
+                require(
+                    all(size >= before for size, before in zip(shape, least, strict=True)),
+                    f"{flag} has {tensor}:{shape[0]}x{shape[1]}, below the {least[0]}x{least[1]} before it",
+                    "--min-shapes, --opt-shapes and --max-shapes in ascending order",
+                )
+                largest[tensor] = shape
 
     def require_fp8(self) -> None:
         """Refuse fp8 for devices without it.

@@ -45,7 +45,8 @@ def import_teacher(
     convention = convention_of(teacher, data.num_items)
     rows = item_rows(teacher, convention, config, data)
     config = resolve(config, teacher, convention)
-    settings = settings_of(config) | {"convention": convention.name, "hashes": _hashes(teacher, config)}
+    settings = settings_of(config, hashed=["backbone", "table_file", "items_file"])
+    settings |= {"convention": convention.name, "hashes": _hashes(teacher, config)}
     stage = Stage(name="import-teacher", kind="checkpoint", settings=settings, parents={"data": data.artifact})
     if is_up_to_date(output, stage, force=force):
         return open_artifact(output), True

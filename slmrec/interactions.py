@@ -84,7 +84,7 @@ def prepare_dataset(
         "files": [[file.name, file_sha256(file)] for file in files],
         "items_file": None if items_file is None else [items_file.name, file_sha256(items_file)],
     }
-    stage = Stage(name="data", kind="dataset", settings=settings_of(config) | {"inputs": inputs})
+    stage = Stage(name="data", kind="dataset", settings=settings_of(config, hashed=["items_file"]) | {"inputs": inputs})
     if is_up_to_date(output, stage, force=force):
         return open_artifact(output), True
     raw, bad = _read(files, config)

@@ -204,7 +204,7 @@ def teacher_samples(recipe: RecipeConfig, window: WindowConfig, data: Dataset) -
 
 def teacher_stage(config: TeacherConfig, items: Artifact, data: Dataset) -> Stage:
     """The run as a manifest names it."""
-    settings = settings_of(config) | {"backbone_hash": backbone_hash(config.backbone)}
+    settings = settings_of(config, hashed=["backbone"]) | {"backbone_hash": backbone_hash(config.backbone)}
     parents = {"items": items, "data": data.artifact}
     return Stage(name="train-teacher", kind="checkpoint", settings=settings, parents=parents)
 

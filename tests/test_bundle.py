@@ -146,6 +146,8 @@ def test_a_link_to_a_bundle_is_that_bundle(copy):
 def test_a_provider_that_is_not_there_is_refused(made):
     with pytest.raises(ConfigError, match="NoSuchProvider was asked for; this ONNX Runtime has"):
         OnnxRecommender(made, provider="NoSuchProvider")
+    with pytest.raises(ConfigError, match="NoSuchProvider was asked for"):
+        verify(made, provider="NoSuchProvider")
 
 
 def test_a_folder_that_is_no_bundle_is_refused(tmp_path):

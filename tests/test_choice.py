@@ -61,6 +61,7 @@ def test_without_a_bound_on_accuracy_a_hundredth_may_be_lost():
         (lambda: Constraints(max_latency_ms={"p98": 3.0}), r"max_latency_ms p98=3\.0 is no bound"),
         (lambda: Constraints(max_latency_ms={"p99": 0.0}), r"max_latency_ms p99=0\.0 is no bound"),
         (lambda: Constraints(min_ndcg=0.0), r"min_ndcg=0\.0"),
+        (lambda: Constraints(min_ndcg=99.0), r"min_ndcg=99\.0 is no share"),
         (lambda: Constraints(max_size_mb=-1.0), r"max_size_mb=-1\.0"),
         (lambda: parse_latency(["fast"]), "max_latency_ms='fast' is no bound"),
         (lambda: BenchmarkConfig(rate=0.0), r"rate=0\.0 is not above 0"),

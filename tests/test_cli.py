@@ -1,5 +1,6 @@
 """The console script: quick help, exit codes, and messages instead of tracebacks."""
 
+import json
 import os
 import subprocess
 import sys
@@ -140,3 +141,18 @@ def test_a_foreign_package_named_compress_is_noticed(tmp_path):
     result = subprocess.run([sys.executable, "-c", script, "doctor"], capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert "not the one of slmcompress" in result.stderr
+
+
+def test_doctor_tells_what_is_absent_from_what_is_missing():
+    script = (
+        "import sys; sys.modules['ray'] = sys.modules['onnxruntime'] = None; from slmrec.cli.main import run; run()"
+    )
+    for device in ("cpu", "cuda"):
+        call = [sys.executable, "-c", script, "doctor", "--json", "--device", device]
+        result = json.loads(subprocess.run(call, capture_output=True, text=True, check=True).stdout)
+        found = {one["name"]: one for one in result["findings"]}
+        assert (found["ray"]["ok"], found["ray"]["absent"]) == (True, True)
+        assert "slmcompress[ray]" in found["ray"]["remedy"]
+        assert (found["onnxruntime"]["ok"], result["ok"]) == (False, False)
+        assert (found["cryptography"]["absent"], found["torch"]["absent"]) == (False, False)
+        assert found["GPU"]["ok"] == (device == "cpu" or not found["GPU"]["absent"])

@@ -130,6 +130,8 @@ def test_rtx_engines_for_two_devices_go_into_a_bundle_but_not_to_triton(runs, tm
             r"rtx: this TensorRT does not build for .* 9\.0",
         ),
         (["--trt", "--max-shapes", "item_ids:9x9"], "batches"),
+        (["--trt", "--min-shapes", "item_ids:9x9", "--max-shapes", "item_ids:8x9"], "item_ids:8x9, below the 9x9"),
+        (["--trt", "--timing-cache", "nowhere/cache"], "the folder of timing_cache=nowhere/cache does not exist"),
     ],
 )
 def test_engines_that_cannot_be_leave_nothing_behind(runs, tmp_path, flags, message):

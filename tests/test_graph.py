@@ -238,3 +238,10 @@ def test_ties_in_a_large_catalogue_go_to_the_smaller_id_in_the_graph(tiny_model,
         unseen = [item for item in range(1, 5001) if (item - 1) % 5 == residue and item not in seen]
         assert actual.item_ids[row].tolist() == unseen[:30]
     assert (score_gaps(expected.scores, actual.scores) <= 2e-5).all()
+
+
+def test_both_data_files_are_there_however_small_the_model(tmp_path):
+    graph = GraphWriter(18)
+    graph.output(graph.op("Identity", graph.constant(np.ones(1, dtype=np.float32))), "y", "float32", [1])
+    save_graphs({"model.onnx": graph}, tmp_path)
+    assert [(tmp_path / name).read_bytes() for name in ("model.onnx.data", "items.onnx.data")] == [b"", b""]

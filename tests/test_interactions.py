@@ -93,6 +93,18 @@ def test_titles_are_kept_where_they_are_known(tmp_path):
     assert items.categories == [None, "Sci-Fi", None]
 
 
+def test_a_table_of_titles_is_known_by_its_content_wherever_it_lies(tmp_path, monkeypatch):
+    log = write(tmp_path, "user,item,time\na,1,1\na,2,2\na,3,3\n")
+    titles = write(tmp_path, "item_id,title\n2,Brazil\n", "films.csv")
+    made, _ = prepare_dataset([log], tmp_path / "data", DataConfig(items_file=str(titles)))
+    assert str(tmp_path) not in (made.path / "manifest.json").read_text()
+    monkeypatch.chdir(tmp_path)
+    assert prepare_dataset([log], tmp_path / "data", DataConfig(items_file="films.csv"))[1]
+    titles.write_text("item_id,title\n2,Alien\n")
+    with pytest.raises(ArtifactError, match="other settings or inputs"):
+        prepare_dataset([log], tmp_path / "data", DataConfig(items_file="films.csv"))
+
+
 LOGS = {
     "log.inter": "user_id:token\titem_id:token\ttimestamp:float\na\t1\t1\na\t2\t2\na\t3\t3\n",
     "u.data": "".join(f"1\t{n}\t5\t97830076{n}\n" for n in (1, 2, 3)),

@@ -207,5 +207,6 @@ def test_the_model_card_is_read_by_the_hubs_own_reader(made):
     }  # fmt: skip
     assert card.data.library_name == "onnxruntime"
     assert MLBOM_FILE in card.text
+    assert card.text.endswith("* log.txt: unknown\n* smollm2-135m: Apache-2.0\n")
     assert "engine" not in card.text.lower()
     assert OnnxRecommender(made / "bundle").num_items == 40

@@ -166,3 +166,25 @@ def test_answers_that_cannot_be_written_are_one_message(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"out\.jsonl cannot be written"):
         recommend_file(Successor(), ITEMS, source, tmp_path / "file" / "out.jsonl", 2)
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.csv", "out.parquet"])
+def test_answers_replace_earlier_ones_and_nothing_else(tmp_path, name):
+    source, target = write(tmp_path / "in.jsonl", REQUESTS), tmp_path / name
+    for _ in range(2):
+        assert recommend_file(Successor(), ITEMS, source, target, 2) == 2
+    for foreign in (b"a diary\n", b'["user", "items"]\n', b"7\n"):
+        target.write_bytes(foreign)
+        with pytest.raises(DataError, match="holds no recommendations"):
+            recommend_file(Successor(), ITEMS, source, target, 2)
+        assert target.read_bytes() == foreign
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", name]
+    assert recommend_file(Successor(), ITEMS, source, target, 2, force=True) == 2
+    assert target.read_bytes() != foreign
+
+
+def test_blank_lines_are_no_requests_and_count_as_lines(tmp_path):
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"history": ["a"]}\n\n  \n{"history": ["b"]}\n\n')
+    assert recommend_file(Successor(), ITEMS, source, tmp_path / "out.jsonl", 1) == 2
+    assert [json.loads(line)["user"] for line in (tmp_path / "out.jsonl").read_text().splitlines()] == ["1", "4"]

@@ -7,7 +7,7 @@ import click
 
 from slmrec.bulk_config import ENGINES, BulkConfig
 from slmrec.cli.engine_options import engine_config, engine_options
-from slmrec.cli.loading import choose, choose_student, load_recommender, resolve_output
+from slmrec.cli.loading import choose, choose_student, load_recommender, provider_of, resolve_output
 from slmrec.cli.options import common_options, data_option, model_option, output_option, print_result, runs_folder, say
 from slmrec.config import ExportConfig
 from slmrec.errors import ConfigError
@@ -138,7 +138,7 @@ def verify(path: Path | None, key: Path | None, device: str, seed: int, as_json:
         say(f"using {path}")
     from export.verify import verify as run
 
-    verified = run(path, key=key)
+    verified = run(path, key=key, provider=provider_of(device))
     print_result(verified.to_json(), verified.to_text(), as_json=as_json)
 
 
@@ -204,7 +204,8 @@ def recommend(
     from export.requests import recommend_file
     from slmrec.catalogue import load_catalogue
 
-    users = recommend_file(load_recommender(artifact, device), load_catalogue(artifact.path), source, target, top_k)
+    recommender, items = load_recommender(artifact, device), load_catalogue(artifact.path)
+    users = recommend_file(recommender, items, source, target, top_k, force=force)
     print_result({"output": str(target), "num_users": users}, f"{target}: {users} users", as_json=as_json)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from slmrec.cli.loading import provider_of
 from slmrec.cli.options import common_options, print_result, runs_folder
 
 
@@ -21,13 +22,18 @@ class Finding:
     found: str
     ok: bool
     remedy: str = ""
+    absent: bool = False
+    """Not here, and not needed for what most people do."""
 
 
 OPTIONAL = {
     "onnxruntime": ("run ONNX graphs", "pip install 'slmcompress[cpu]' (or [gpu])"),
     "bitsandbytes": ("LLM.int8 checkpoints", "pip install 'slmcompress[bnb]'"),
     "tensorrt": ("TensorRT engines", "pip install 'slmcompress[trt]' on a machine with an NVIDIA GPU"),
-    "tensorrt_rtx_bindings": ("TensorRT-RTX engines", "pip install tensorrt-rtx-cu13-bindings tensorrt-rtx-cu13-libs"),
+    "tensorrt_rtx_bindings": ("TensorRT-RTX engines", "pip install 'slmcompress[rtx]'"),
+    "uvicorn": ("slmcompress serve", "pip install 'slmcompress[serve]'"),
+    "ray": ("recommend --engine ray", "pip install 'slmcompress[ray]'"),
+    "cryptography": ("bundle --sign, verify --key", "pip install 'slmcompress[sign]'"),
 }  # fmt: skip
 
 
@@ -37,17 +43,18 @@ ORT_TENSORRT = 10
 
 @click.command()
 @common_options
-def doctor(as_json: bool, **_: Any) -> None:
+def doctor(as_json: bool, device: str, **_: Any) -> None:
     """Say what this machine can build and run: versions, providers, processor, disk."""
     findings = [
-        *_required(), *_optional(), _providers(), _driver(), _gpu(), *_engines(), *_mismatches(), _processor(), _disk()
+        *_required(), *_optional(), _providers(device), _driver(device), _gpu(device), *_engines(), *_mismatches(),
+        _processor(), _disk(),
     ]  # fmt: skip
     result = {"ok": all(finding.ok for finding in findings), "findings": [asdict(finding) for finding in findings]}
     print_result(result, "\n".join(_line(finding) for finding in findings), as_json=as_json)
 
 
 def _line(finding: Finding) -> str:
-    mark = "ok     " if finding.ok else "missing"
+    mark = "missing" if not finding.ok else "absent " if finding.absent else "ok     "
     return f"{mark}  {finding.name:<24} {finding.found}" + (f"\n{'':<9}Try: {finding.remedy}" if finding.remedy else "")
 
 
@@ -67,7 +74,7 @@ def _optional() -> list[Finding]:
         present = importlib.util.find_spec(module) is not None
         needed = module == "onnxruntime"
         text = f"{_version(module) or 'installed'} ({use})" if present else f"not installed ({use})"
-        found.append(Finding(module, text, present or not needed, "" if present else remedy))
+        found.append(Finding(module, text, present or not needed, "" if present else remedy, absent=not present))
     return found
 
 
@@ -81,21 +88,24 @@ def _version(name: str) -> str | None:
     return None
 
 
-def _providers() -> Finding:
+def _providers(device: str) -> Finding:
     """Providers that really load, which is not what the package says it was compiled with."""
+    needed = provider_of(device)
     if importlib.util.find_spec("onnxruntime") is None:
         return Finding("onnxruntime providers", "none", ok=False, remedy=OPTIONAL["onnxruntime"][1])
     from export.sessions import loadable_providers
 
     loaded = loadable_providers()
-    return Finding("onnxruntime providers", ", ".join(loaded), ok="CPUExecutionProvider" in loaded)
+    remedy = "" if needed in loaded else "pip install 'slmcompress[gpu]', and remove the package onnxruntime"
+    return Finding("onnxruntime providers", ", ".join(loaded), ok=needed in loaded, remedy=remedy)
 
 
-def _gpu() -> Finding:
+def _gpu(device: str) -> Finding:
     import torch
 
     if not torch.cuda.is_available():
-        return Finding("GPU", "none that PyTorch can use; everything runs on the processor", ok=True)
+        text = "none that PyTorch can use; everything runs on the processor"
+        return Finding("GPU", text, ok=device != "cuda", remedy=_for_cuda(device), absent=True)
     names = []
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
@@ -103,13 +113,19 @@ def _gpu() -> Finding:
     return Finding("GPU", ", ".join(names), ok=True)
 
 
-def _driver() -> Finding:
+def _for_cuda(device: str) -> str:
+    """The remedy where --device cuda asked for what is not here."""
+    return "a machine with an NVIDIA GPU and its driver, or --device cpu" if device == "cuda" else ""
+
+
+def _driver(device: str) -> Finding:
     """NVIDIA's driver, and the newest CUDA it runs."""
     from export.build_engine import driver as load_driver
 
     driver = load_driver()
     if driver is None:
-        return Finding("NVIDIA driver", "none (needed for CUDA and to run engines)", ok=True)
+        text = "none (needed for CUDA and to run engines)"
+        return Finding("NVIDIA driver", text, ok=device != "cuda", remedy=_for_cuda(device), absent=True)
     version = ctypes.c_int()
     if driver.cuDriverGetVersion(ctypes.byref(version)) != 0:
         return Finding("NVIDIA driver", "there, and does not answer", ok=False, remedy="nvidia-smi says why")

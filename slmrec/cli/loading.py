@@ -65,12 +65,16 @@ def load_recommender(artifact: Artifact, device: str = "auto") -> "Recommender":
         if artifact.kind == "engine":
             say(f"{artifact.path}: its ONNX graph answers, not its engine (--device cuda)")
 
-        provider = "CUDAExecutionProvider" if device == "cuda" else "CPUExecutionProvider"
-        return OnnxRecommender(artifact.path, provider=provider)
+        return OnnxRecommender(artifact.path, provider=provider_of(device))
     raise ArtifactError(
         f"{artifact.path} is a {artifact.kind}, which recommends nothing",
         remedy="a checkpoint, graph or bundle (-m/--model)",
     )
+
+
+def provider_of(device: str) -> str:
+    """ONNX Runtime's provider for --device."""
+    return "CUDAExecutionProvider" if device == "cuda" else "CPUExecutionProvider"
 
 
 def _others(*kinds: str) -> str:
