@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from export.bundle import bundle
 from export.onnx_export import export_checkpoint
-from export.parity import ParityRule, compare
+from export.parity import ParityRule, compare, require_kept_ndcg
 from export.runtime import OnnxRecommender
 from export.verify import verify
 from slmrec.artifact import Stage, open_artifact, publish
@@ -191,6 +191,23 @@ def test_nan_never_passes(rule):
         compare(top([1, 2], [1.0, 0.5]), top([1, 2], [np.nan, 0.5]), rule)
     with pytest.raises(CheckError):
         compare(top([1, 2], [1.0, 0.5]), top([1, 2], [1.0, -np.inf]), rule)
+
+
+@pytest.mark.parametrize(("lost", "won", "passes"), [(0, 0, True), (6, 14, True), (13, 7, True), (20, 2, False)])
+def test_a_lower_ndcg_fails_where_chance_does_not_explain_it(lost, won, passes):
+    """Of 1,000 users most keep their list; those who lose have their target at the end or nowhere."""
+    targets = np.ones(1000, dtype=np.int64)
+    here, gone = np.array([1, 2]), np.array([2, 3])
+    before, after = (np.tile(here, (1000, 1)) for _ in range(2))
+    before[:won], before[won : won + lost] = gone, here
+    after[:won], after[won : won + lost] = here, gone
+    before[500:], after[500:] = gone, gone
+    one, other = (TopK(ids, np.ones((1000, 2), dtype=np.float32)) for ids in (before, after))
+    if passes:
+        require_kept_ndcg(one, other, targets, INT8)
+    else:
+        with pytest.raises(CheckError, match=r"NDCG@10 is 0\.\d+, that of the checkpoint"):
+            require_kept_ndcg(one, other, targets, INT8)
 
 
 def test_8_bit_lists_must_overlap():
