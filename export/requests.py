@@ -149,7 +149,7 @@ def _read(source: Path) -> Iterator[Request]:
                     continue
                 try:
                     yield parse_request(json.loads(line), number, source)
-                except json.JSONDecodeError as error:
+                except (json.JSONDecodeError, RecursionError) as error:
                     raise _malformed(source, number, f"not JSON ({error})") from None
     elif source.suffix == ".parquet":
         number = 0
@@ -167,7 +167,7 @@ def _read(source: Path) -> Iterator[Request]:
 def parse_request(record: Any, line: int, source: Path) -> Request:
     """One record as it was read: a field `history`, and `user` and `exclude` where there are any."""
     if not isinstance(record, dict) or "history" not in record:
-        raise _malformed(source, line, "no field 'history'")
+        raise _malformed(source, line, "no record with a field 'history'")
     for name in record:
         meant = [] if name in FIELDS else difflib.get_close_matches(str(name), FIELDS)
         if name is None or meant:  # None holds the cells of a CSV row that has more of them than its header
@@ -189,7 +189,7 @@ def _ids(value: Any, line: int, source: Path) -> list[str]:
             return value.split()
         try:
             value = json.loads(value)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise _malformed(source, line, f"not a JSON list ({error})") from None
     if isinstance(value, list):
         return [str(item) for item in value]
@@ -217,7 +217,7 @@ def _holds_answers(path: Path) -> bool:
         return first in (b"", b"user,items,scores\n")
     try:
         return not first or set(json.loads(first)) == set(SCHEMA.names)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return False
 
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from socket import socket
+from socket import AF_INET, AF_INET6, create_server, socket
 from typing import Any
 
 import uvicorn
@@ -186,7 +186,23 @@ class _Web(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-async def run(server: Server) -> None:
+def listen(config: ServeConfig) -> socket:
+    """The socket that the server will answer on.
+
+    Raises:
+        ConfigError: the address is taken, or is none of this machine's.
+    """
+    try:
+        family = AF_INET6 if ":" in config.host else AF_INET
+        return create_server((config.host, config.port), family=family)
+    except OSError as error:
+        raise ConfigError(
+            f"{config.host}:{config.port} cannot be served on: {error.strerror}",
+            remedy="another --port (0 chooses a free one), or another --host",
+        ) from None
+
+
+async def run(server: Server, listener: socket) -> None:
     """Serve until SIGTERM or Ctrl-C; then what was accepted is answered. SIGHUP looks for another bundle."""
     from export.routes import create_app
 
@@ -199,14 +215,14 @@ async def run(server: Server) -> None:
 
     web = _Web(
         uvicorn.Config(
-            create_app(server), host=config.host, port=config.port, log_level="warning", access_log=False,
+            create_app(server), log_level="warning", access_log=False,
             lifespan="off", timeout_graceful_shutdown=max(1, round(2 * config.timeout_s)),
         )
     )  # fmt: skip
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, swap)
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again when it is done, which is then the end
     watching = asyncio.create_task(server.watch()) if config.watch_s else None
-    await web.serve()
+    await web.serve([listener])
     if watching is not None:
         watching.cancel()
     if server.now is not None:

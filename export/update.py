@@ -111,7 +111,10 @@ def _changes(
     if signature["has_titles"] and any(item.vector is not None for item in joining):
         raise DataError(f"{items}: items of this model have a share from their titles as well", remedy="similar items")
     leaving = [] if retire is None else read_retired(retire, catalogue)
-    return joining, updated(tables, joining, leaving, projection if signature["folds_items"] else {})
+    changed = updated(tables, joining, leaving, projection if signature["folds_items"] else {})
+    if not np.isfinite(changed.offsets[1 : changed.count + 1]).any():
+        raise DataError(f"{retire} leaves no item that could be recommended", remedy="a shorter list")
+    return joining, changed
 
 
 def read_new_items(path: Path, catalogue: Catalogue, tables: ItemWeights, item_dim: int) -> list[NewItem]:
@@ -145,7 +148,21 @@ def read_retired(path: Path, catalogue: Catalogue) -> list[int]:
         lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError:
         raise DataError(f"{path} is no UTF-8 text", remedy="one id a line") from None
-    return [int(item) for item in catalogue.to_internal([line.strip() for line in lines if line.strip()])]
+    retired: list[int] = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            retired += _known(catalogue, [line.strip()], f"{path}, line {number}")
+    if not retired:
+        raise DataError(f"{path} names no item", remedy="one id a line")
+    return retired
+
+
+def _known(catalogue: Catalogue, item_ids: list[str], where: str) -> list[int]:
+    """Internal ids; one that is not known is named with its place."""
+    try:
+        return [int(item) for item in catalogue.to_internal(item_ids)]
+    except DataError as error:
+        raise DataError(f"{where}: {error.problem}", remedy=error.remedy) from None
 
 
 def updated(
@@ -224,7 +241,11 @@ def _new_item(row: dict[str, Any], where: str, catalogue: Catalogue, widths: tup
         )
     similar, vector, output = (row.get(name) for name in ("similar", "vector", "output_vector"))
     if (similar is None) == (vector is None) or similar == []:
-        raise DataError(f"{where}: either similar or vector is needed", remedy="ids of similar items, or a vector")
+        found = "both" if similar and vector is not None else "neither"
+        raise DataError(
+            f"{where}: similar or vector is needed, one of the two; there is {found}",
+            remedy="ids of similar items, or a vector",
+        )
     if similar is not None and not (isinstance(similar, list) and all(isinstance(one, str) for one in similar)):
         raise DataError(f"{where}: similar is {similar!r}, expected is a list of ids as text", remedy='["50", "172"]')
     if tables.has_biases != (output is not None) or not (tables.has_biases or bias is None):
@@ -233,7 +254,7 @@ def _new_item(row: dict[str, Any], where: str, catalogue: Catalogue, widths: tup
     return NewItem(
         str(item),
         title,
-        tuple(int(one) for one in catalogue.to_internal(similar)) if similar is not None else (),
+        tuple(_known(catalogue, similar, where)) if similar is not None else (),
         None if vector is None else _finite(vector, item_dim, f"{where}: vector"),
         None if output is None else _finite(output, tables.outputs.shape[1], f"{where}: output_vector"),
         float(_finite([0.0 if bias is None else bias], 1, f"{where}: bias")[0]),

@@ -60,6 +60,10 @@ def verify(path: Path, *, key: Path | None = None, provider: str = "CPUExecution
         ArtifactError: it is no bundle.
     """
     path = path.resolve()  # a link to a bundle, such as "current", is how bundles are deployed
+    if not path.is_dir():
+        raise ArtifactError(
+            f"{path} is no folder, so it is no bundle", remedy="the folder that slmcompress bundle made"
+        )
     if not (path / SUMS_FILE).is_file():
         raise ArtifactError(f"{path} has no {SUMS_FILE}, so it is no bundle", remedy="slmcompress bundle")
     if key is not None:

@@ -75,6 +75,7 @@ def run_benchmark(
     """
     baseline = baseline or entrants[0].name
     check_entrants(entrants, data, baseline)
+    config = replace(config, top_k=min(config.top_k, *(entrant.recommender.max_top_k for entrant in entrants)))
     provenance = _provenance(data, config)  # first, so that the load is what others cause
     cases = test_cases(data.sequences)
     accuracies = {entrant.name: _accuracy(entrant, cases, config, say) for entrant in entrants}
@@ -87,8 +88,7 @@ def run_benchmark(
         e.name: floors_of(e.recommender, timings[e.name], cases.histories, config, ceilings) if ceilings else None
         for e in entrants
     }
-    k = min(config.top_k, *(recommender.max_top_k for recommender in recommenders.values()))
-    loads = {e.name: _load(e, cases.histories, replace(config, top_k=k), say) for e in entrants}
+    loads = {e.name: _load(e, cases.histories, config, say) for e in entrants}
     measured = [
         _Measured(e, timings[e.name], accuracies[e.name], peaks[e.name], floors[e.name], loads[e.name])
         for e in entrants

@@ -21,7 +21,8 @@ class BulkConfig:
 
     def __post_init__(self) -> None:
         require_choice("engine", self.engine, ENGINES)
-        require_least(self, top_k=1, shard_users=1, workers=1)
+        require(self.top_k >= 1, f"top_k={self.top_k} is below 1", "-k 10")
+        require_least(self, shard_users=1, workers=1)
         require(
             self.workers is None or self.engine == "ray",
             f"workers={self.workers}, but the engine {self.engine} is one process",

@@ -2,6 +2,9 @@
 
 from slmrec.errors import ConfigError
 
+LARGEST_SEED = 2**63 - 1
+"""What every generator takes."""
+
 
 def require(condition: bool, problem: str, remedy: str) -> None:
     """Refuse settings with a problem and what to try."""
@@ -15,6 +18,20 @@ def require_least(settings: object, **least: int) -> None:
         value = getattr(settings, name)
         flag = "--" + name.replace("_", "-")
         require(value is None or value >= bound, f"{name}={value} is below {bound}", f"{flag} {bound} or more")
+
+
+def require_most(settings: object, **most: int) -> None:
+    """Refuse a setting above its largest value; None is no value."""
+    for name, bound in most.items():
+        value = getattr(settings, name)
+        flag = "--" + name.replace("_", "-")
+        require(value is None or value <= bound, f"{name}={value} is above {bound}", f"{flag} {bound} or less")
+
+
+def require_seed(settings: object) -> None:
+    """Refuse a seed that is no number of 63 bits."""
+    require_least(settings, seed=0)
+    require_most(settings, seed=LARGEST_SEED)
 
 
 def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from slmrec.checks import require, require_choice, require_least
+from slmrec.checks import require, require_choice, require_least, require_seed
 from slmrec.config import TrainConfig
 
 
@@ -138,7 +138,7 @@ class CalibrationConfig:
             f"calibration_histories={self.histories} leaves nothing to calibrate on",
             "--calibration-histories 512",
         )
-        require_least(self, seed=0)
+        require_seed(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +197,8 @@ class ImportanceConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require_least(self, max_users=1, seed=0)
+        require_least(self, max_users=1)
+        require_seed(self)
 
 
 @dataclass(frozen=True, kw_only=True)

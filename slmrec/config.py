@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from slmrec.checks import require, require_choice, require_least
+from slmrec.checks import require, require_choice, require_least, require_most, require_seed
 from slmrec.choice import Constraints
 
 
@@ -33,6 +33,9 @@ class DataConfig:
         formats = ("auto", "csv", "parquet", "jsonl", "movielens", "amazon", "recbole", "sequences")
         require_choice("format", self.format, formats)
         require_least(self, min_events=0, max_bad_rows=0)
+
+
+MAX_RATE = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +74,9 @@ class TrainConfig:
             accumulate=1,
             warmup_steps=0,
             patience=0,
-            seed=0,
             weight_decay=0,
         )
+        require_seed(self)
         require(
             self.accumulate <= self.batch_size,
             f"a step of batch_size={self.batch_size} cannot be cut into accumulate={self.accumulate} micro-batches",
@@ -81,6 +84,7 @@ class TrainConfig:
         )
         rates = [self.learning_rate] + ([] if self.item_learning_rate is None else [self.item_learning_rate])
         require(min(rates) > 0, f"a learning rate of {min(rates)} trains nothing", "a rate such as 3e-4")
+        require(max(rates) <= MAX_RATE, f"a learning rate of {max(rates)} is above {MAX_RATE:g}", "a rate such as 3e-4")
         require(self.clip_norm > 0, f"clip_norm={self.clip_norm} is not above 0", "--clip-norm 1.0")
         require_choice("precision", self.precision, ("auto", "bf16", "fp32"))
 
@@ -115,6 +119,7 @@ class SasrecConfig:
 
     def __post_init__(self) -> None:
         require_least(self, num_layers=1, hidden_size=1)
+        require_most(self, num_layers=256, hidden_size=16_384)
         require_choice("supervision", self.supervision, ("all", "prefixes"))
         require(
             self.num_heads >= 1 and self.hidden_size % self.num_heads == 0,
@@ -301,7 +306,8 @@ class BenchmarkConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require_least(self, rounds=2, batch_rounds=2, rate_requests=2, seed=0)
+        require_least(self, rounds=2, batch_rounds=2, rate_requests=2)
+        require_seed(self)
         require(self.rate is None or self.rate > 0, f"rate={self.rate} is not above 0", "--rate 100")
         if self.device_spec is not None:
             require_choice("device_spec", self.device_spec, ("a100", "h100"))

@@ -233,7 +233,8 @@ def _write(
     found = statistics(log)
     if not found["num_evaluable_users"]:
         raise DataError(
-            f"none of {found['num_users']} users has {MIN_EVALUABLE} interactions, so no user can be evaluated",
+            f"of {found['num_users']} users{' that --min-events kept' if counts['num_filtered'] else ''} none has "
+            f"{MIN_EVALUABLE} interactions, so no user can be evaluated",
             remedy="data with longer sequences, or a smaller --min-events where that was set",
         )
     frame = pl.DataFrame(

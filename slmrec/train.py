@@ -164,7 +164,7 @@ class _Run:
         if not np.isfinite([values["loss"], norm]).all():
             raise TrainingError(
                 f"{self.task.title}: the loss is {values['loss']} and its gradient norm {norm} at step {step}",
-                remedy="a smaller --learning-rate, more --warmup-steps, or --precision fp32",
+                remedy="a smaller --learning-rate; of a decoder also more --warmup-steps, or --precision fp32",
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -151,8 +151,10 @@ def test_a_provider_that_is_not_there_is_refused(made):
 
 
 def test_a_folder_that_is_no_bundle_is_refused(tmp_path):
-    with pytest.raises(ArtifactError, match="no bundle"):
+    with pytest.raises(ArtifactError, match="has no SHA256SUMS, so it is no bundle"):
         verify(tmp_path)
+    with pytest.raises(ArtifactError, match="is no folder"):
+        verify(tmp_path / "nowhere")
 
 
 def test_verify_and_recommend_need_no_pytorch(made):

@@ -133,7 +133,7 @@ def test_the_table_of_titles_published_with_a_log_is_found_beside_it(tmp_path, l
 
 def test_no_user_to_evaluate_is_refused_and_nothing_is_written(tmp_path):
     log = write(tmp_path, "user,item,time\na,1,1\na,2,2\nb,1,1\n")
-    with pytest.raises(DataError, match="none of 2 users has 3 interactions"):
+    with pytest.raises(DataError, match="of 2 users none has 3 interactions"):
         prepare_dataset([log], tmp_path / "data", DataConfig())
     with pytest.raises(DataError, match="holds no interaction"):
         prepare_dataset([write(tmp_path, "user,item,time\n")], tmp_path / "data", DataConfig())

@@ -314,6 +314,16 @@ def test_a_request_on_its_way_over_an_open_connection_is_answered_and_no_new_one
         assert server.ended() == 0
 
 
+def test_an_address_that_cannot_be_served_on_is_one_message(running, bundles):
+    for flags in (["--port", str(running.port)], ["--port", "0", "--host", "nohost.invalid"]):
+        command = [sys.executable, "-m", "slmrec.cli.main", "serve", str(bundles[0]), *flags]
+        found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        assert found.returncode == 2
+        assert "cannot be served on" in found.stderr
+        assert "Try: another --port" in found.stderr
+        assert "serving " not in found.stderr
+
+
 def test_killed_hard_it_starts_again(bundles):
     with Running(bundles[0]) as server:
         assert server.stop(signal.SIGKILL) == -signal.SIGKILL

@@ -157,9 +157,9 @@ def test_a_thousand_random_updates_leave_what_a_dictionary_has(tiny_model, tmp_p
     ("row", "message"),
     [
         ({"item": "1", "similar": ["1"]}, "the item '1' is there already"),
-        ({"item": "x", "similar": ["nobody"]}, "'nobody' is not among the 40 items"),
-        ({"item": "x"}, "either similar or vector is needed"),
-        ({"item": "x", "similar": ["1"], "vector": [0.0] * 8}, "either similar or vector is needed"),
+        ({"item": "x", "similar": ["nobody"]}, "row 1: the item 'nobody' is not among the 40 items"),
+        ({"item": "x"}, "similar or vector is needed, one of the two; there is neither"),
+        ({"item": "x", "similar": ["1"], "vector": [0.0] * 8}, "one of the two; there is both"),
         ({"item": "x", "vector": [0.0] * 7}, "vector has 7 numbers, expected are 8"),
         ({"item": "x", "vector": [1e39] * 8}, "vector is not finite"),
         ({"similar": ["1"]}, "the item is None"),
@@ -290,4 +290,21 @@ def test_files_that_are_none_are_refused_by_name(made, tmp_path, flag, kind):
         path.write_bytes(b"\xff\xfe\x00\x81")
     with pytest.raises(DataError, match=r"file\.jsonl (is no file|is no UTF-8 text|cannot be read)"):
         update_items(open_artifact(made[1]), tmp_path / "out", **{"items": None, "retire": None} | {flag: path})
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("retired", "message"),
+    [
+        (None, "leaves no item that could be recommended"),
+        ("\n \n", "names no item"),
+        ("nobody\n", "line 1: the item 'no"),
+    ],
+)
+def test_a_list_of_retired_items_names_some_and_leaves_some(made, tmp_path, retired, message):
+    _, path = made
+    file = tmp_path / "retired.txt"
+    file.write_text("\n".join(load_catalogue(path).item_ids) if retired is None else retired)
+    with pytest.raises(DataError, match=message):
+        update_items(open_artifact(path), tmp_path / "out", items=None, retire=file)
     assert not (tmp_path / "out").exists()

@@ -18,7 +18,9 @@ FORMATS = ["auto", "csv", "parquet", "jsonl", "movielens", "amazon", "recbole", 
 @click.option("--user-column", help="Name of the user column  [default: found by its usual names]")
 @click.option("--item-column", help="Name of the item column  [default: found by its usual names]")
 @click.option("--time-column", help="Name of the timestamp column  [default: found by its usual names]")
-@click.option("--items-file", help="Table of item titles  [default: looked for beside the first file]")
+@click.option(
+    "--items-file", help="Table of item titles  [default: what is published with the first file, such as u.item]"
+)
 @click.option("--item-id-column", help="Column of ids in --items-file.")
 @click.option("--title-column", help="Column of titles in --items-file.")
 @click.option("--min-events", default=0, show_default=True, help="k-core: drop rarer users and items, repeatedly.")

@@ -40,7 +40,7 @@ def serve(
     try:
         import uvloop
 
-        from export.server import Server, run
+        from export.server import Server, listen, run
     except ImportError as error:
         raise ConfigError(f"serving needs {error.name}", remedy="pip install 'slmcompress[serve]'") from None
     from slmrec.serve_config import ServeConfig
@@ -51,9 +51,10 @@ def serve(
         say(f"using {path}")
     server = Server(path, config, key=key, token=_token(token_file))
     server.now = server.load()
+    listener = listen(config)  # nobody waits for what is not loaded yet
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    say(f"serving {path.resolve()} on http://{config.host}:{config.port}")
-    uvloop.run(run(server))
+    say(f"serving {path.resolve()} on http://{config.host}:{listener.getsockname()[1]}")
+    uvloop.run(run(server, listener))
 
 
 def _token(file: Path | None) -> bytes | None:
