@@ -34,6 +34,9 @@ from slmrec.recommender import Histories, TopK
 from slmrec.serve_config import ServeConfig
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
+KEEP_ALIVE_S = 75
+"""An idle connection is kept longer than load balancers keep theirs (60 s as a rule), so that none of them sends a
+request into one that is just being closed."""
 LINGER_S = 0.5
 """After the last connection was taken: so long may a request still arrive over those there are."""
 LOG = logging.getLogger("slmcompress.serve")
@@ -215,8 +218,8 @@ async def run(server: Server, listener: socket) -> None:
 
     web = _Web(
         uvicorn.Config(
-            create_app(server), log_level="warning", access_log=False,
-            lifespan="off", timeout_graceful_shutdown=max(1, round(2 * config.timeout_s)),
+            create_app(server), log_level="warning", access_log=False, timeout_keep_alive=KEEP_ALIVE_S, lifespan="off",
+            timeout_graceful_shutdown=max(1, round(2 * config.timeout_s)),
         )
     )  # fmt: skip
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, swap)
