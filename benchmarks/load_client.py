@@ -11,6 +11,7 @@ import asyncio
 import json
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -59,7 +60,7 @@ class Client:
         self.requests = [head.format(len(body)).encode() + body for body in bodies]
         self.next, self.pending = int(plan["first"]), 0
         self.seen: list[tuple[float, float, int]] = []
-        self.free: list[Connection] = []
+        self.free: deque[Connection] = deque()
 
     async def connect(self) -> Connection:
         """One connection more."""
@@ -97,7 +98,7 @@ class Client:
         rate, seconds = self.plan["rate"], self.plan["seconds"]
         generator = np.random.default_rng(self.plan["seed"])
         arrivals = np.cumsum(generator.exponential(1 / rate, int(rate * seconds * 1.5) + 10))
-        self.free = [await self.connect() for _ in range(self.plan["connections"])]
+        self.free = deque([await self.connect() for _ in range(self.plan["connections"])])
         self.start, late = time.perf_counter(), []
         for arrival in arrivals[arrivals < seconds].tolist():
             wait = self.start + arrival - time.perf_counter()
@@ -105,7 +106,7 @@ class Client:
                 await asyncio.sleep(wait)
             while not self.free:
                 await asyncio.sleep(0.001)
-            self.send(self.free.pop())
+            self.send(self.free.popleft())  # in turns, so that none is idle until the server closes it
             late.append(time.perf_counter() - self.start - arrival)
         await self.rest(0)
         return late

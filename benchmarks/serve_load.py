@@ -237,6 +237,8 @@ def memory(served: Served, rate: float, seconds: float) -> dict[str, Any]:
         sizes.append(served.seen.memory_info().rss / 1e6)
         time.sleep(seconds / 200)
     client.communicate()
+    if client.returncode:
+        raise RuntimeError("the client failed")
     return {"seconds": seconds, "rate": rate, "rss_mb": sizes[-1], **slope(np.array(times), np.array(sizes))}
 
 
