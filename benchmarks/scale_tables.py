@@ -15,10 +15,9 @@ def bulk(entry: dict[str, Any]) -> str:
         )
     machine = entry["machine"]
     note = (
-        f"Measured on {machine['usable_cores']} cores of an {machine['cpu']}, one run after the other while others "
-        f"computed there (load {machine['load_average_1min']:.0f} at the end), so rates say little and do not compare "
-        f"the engines. The demo's bundle, top {entry['result']['top_k']}; the files of both engines are the same bytes "
-        "(`python benchmarks/bulk.py runs/demo`)."
+        f"Measured on {machine['usable_cores']} cores of an {machine['cpu']}, one run after the other (load "
+        f"{machine['load_average_1min']:.1f} at the end). The demo's bundle, top {entry['result']['top_k']}; the files "
+        "of both engines are the same bytes (`python benchmarks/bulk.py runs/demo`)."
     )
     return "\n".join([*rows, "", note])
 
