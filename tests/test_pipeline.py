@@ -169,7 +169,7 @@ def test_recommend_maps_external_ids_and_keeps_the_order(runs, tmp_path):
         (["distill", "--seed", "-1", "-o", "x"], "seed=-1 is below 0"),
         (["train-items", "--seed", str(2**63), "-o", "x"], "is above 9223372036854775807"),
         (["train-items", "--hidden-size", "99999999999", "-o", "x"], "hidden_size=99999999999 is above 16384"),
-        (["train-items", "--learning-rate", "inf", "-o", "x"], "a learning rate of inf is above 10"),
+        (["train-items", "--learning-rate", "inf", "-o", "x"], "a learning rate of inf is not finite"),
         (["train-items", "--hidden-size", "0", "-o", "x"], "hidden_size=0 is below 1"),
         (["train-items", "--weight-decay", "-1", "-o", "x"], "weight_decay=-1.0 is below 0"),
         (["distill", "--signal", "logits"], "belong to online distillation"),
