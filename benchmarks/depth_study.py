@@ -60,7 +60,7 @@ def exits(artifact: Artifact, data: Dataset) -> dict[str, Any]:
     found: dict[str, list[float]] = {"with the final norm": [], "without": []}
     for name, values in found.items():
         for layer in range(model.num_layers):
-            recommender = TorchRecommender(EarlyExit(model, layer, normed=name != "without"), "cpu")
+            recommender = TorchRecommender(EarlyExit(model, layer, normed=name != "without"))
             answer = recommender.recommend(cases.histories, 10)
             values.append(float(ndcg(ranks_of_targets(answer.item_ids, cases.targets), 10).mean()))
     return {"exits": found, "test": {"ndcg@10": found["with the final norm"][-1]}}

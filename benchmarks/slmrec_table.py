@@ -75,13 +75,20 @@ def recipes(name: str, seed: int) -> tuple[SasrecConfig, TeacherConfig, DistillC
             ),
             DistillConfig(num_layers=4, train=replace(train, epochs=4)),
         )  # fmt: skip
+    window = WindowConfig(max_history=50, max_events=200 if name == "ml-1m" else 50)
+    if name == "ml-1m":
+        items = TrainConfig(epochs=60, batch_size=128, learning_rate=1e-3, precision="fp32", seed=seed)
+        train = TrainConfig(epochs=3, batch_size=32, warmup_steps=50, **decoder)  # type: ignore[arg-type]
+        return (
+            SasrecConfig(dropout=0.3, window=window, train=items),
+            TeacherConfig(num_layers=8, recipe=RecipeConfig(prompt="none"), window=window, train=train),
+            DistillConfig(num_layers=4, train=train),
+        )
     items = TrainConfig(epochs=40, batch_size=512, learning_rate=1e-3, weight_decay=0.0, precision="fp32", seed=seed)
-    supervision = "prefixes" if name == "beauty" else "all"  # long sequences would make a sample of every event
     gentle = decoder | {"learning_rate": 2e-4, "item_learning_rate": 3e-4}  # sparse items are soon known by heart
     train = TrainConfig(epochs=3, batch_size=64, warmup_steps=50, weight_decay=0.05, **gentle)  # type: ignore[arg-type]
-    window = WindowConfig(max_history=50, max_events=200 if name == "ml-1m" else 50)
     return (
-        SasrecConfig(dropout=0.6, supervision=supervision, window=window, train=items),
+        SasrecConfig(dropout=0.6, supervision="prefixes", window=window, train=items),
         TeacherConfig(num_layers=8, recipe=RecipeConfig(prompt="none", dropout=0.6), window=window, train=train),
         DistillConfig(num_layers=4, train=train),
     )

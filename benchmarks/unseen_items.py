@@ -43,7 +43,9 @@ class Among(nn.Module):
 
     def __init__(self, model: DecoderModel, marked: np.ndarray) -> None:
         super().__init__()
-        self.model, self.closed = model, torch.from_numpy(~marked)
+        self.model = model
+        self.register_buffer("closed", torch.from_numpy(~marked))
+        self.closed: Tensor
         self.num_items, self.max_history = model.num_items, model.max_history
 
     def score(self, item_ids: Tensor) -> Tensor:
@@ -97,7 +99,7 @@ def joined(model: DecoderModel, data: Dataset, known: Dataset, backbone: str, wa
 
 def asked(model: nn.Module, cases: Cases) -> dict[str, Any]:
     """HR@10 and NDCG@10 with their intervals."""
-    answer = TorchRecommender(model, "cpu").recommend(cases.histories, LIST_LENGTH)
+    answer = TorchRecommender(model).recommend(cases.histories, LIST_LENGTH)
     ranks = ranks_of_targets(answer.item_ids, cases.targets)
     found = mean_intervals(np.stack([hit_rate(ranks, 10), ndcg(ranks, 10)], axis=1))
     return {name: vars(interval) for name, interval in zip(("hr@10", "ndcg@10"), found, strict=True)}
