@@ -49,6 +49,7 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "SLMRec + list": {"list_weight": 1.0},
     "CE + shared table": NONE | {"item_table": "frozen"},
     "SLMRec + shared table": {"item_table": "frozen"},
+    "SLMRec + list x 5 + shared table": {"item_table": "frozen", "list_weight": 5.0},
     "features x 20": {"direction_weight": 20.0, "magnitude_weight": 2.0, "supervision_weight": 0.0},
     "features x 20 + list x 5": {
         "direction_weight": 20.0,
@@ -192,6 +193,9 @@ def main() -> None:
         line["p50_ms"] = milliseconds[line["row"]]
     info = {key: data.info[key] for key in ("num_users", "num_items", "num_interactions")}
     result = {"dataset": info | {"hash": data.hash}, "one_teacher": arguments.one_teacher, "rows": lines}
+    shared = {row: cells for row, cells in rows.items() if row == "teacher" or row.endswith("shared table")}
+    if "CE + shared table" in shared:  # the comparison of equals among those that train no item vectors
+        result["shared_table"] = summarize(shared, against="CE + shared table", teacher="teacher")
     record(f"slmrec_{arguments.name.replace('-', '_')}", result)
     print(json.dumps(lines, indent=2))
 

@@ -1,6 +1,8 @@
 """Requests that arrive one by one, computed together: what waits while a batch is computed is the next batch."""
 
 import asyncio
+import os
+import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +14,14 @@ import numpy as np
 
 from slmrec.ragged import Ragged
 from slmrec.recommender import Histories, Recommender, TopK
+
+NICENESS = 5
+
+
+def step_back() -> None:
+    """Let this thread, and those it starts, yield to others: requests are read and answered while a batch computes."""
+    own = threading.get_native_id()
+    os.setpriority(os.PRIO_PROCESS, own, min(19, os.getpriority(os.PRIO_PROCESS, own) + NICENESS))
 
 
 class QueueFullError(Exception):
@@ -52,7 +62,7 @@ class Batcher:
         self.recommender, self.max_batch, self.max_queue, self._seen = recommender, max_batch, max_queue, seen
         self.num_waiting = 0
         self._queue: deque[_Waiting] = deque()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="recommend")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="recommend", initializer=step_back)
         self._task: asyncio.Task[None] | None = None
 
     @property

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from export.inference_protocol import INPUTS, OUTPUTS, ProtocolError, infer_response, parse_infer
 from export.openapi import BUNDLE_HEADER, HEADER_LENGTH, describe
 from export.plain_protocol import parse_recommend, recommend_response
-from export.server import RefusedError, Served, Server, full_queue, log
+from export.server import FULL_QUEUE, RefusedError, Served, Server, log
 
 MODEL, VERSION = "recommend", "1"
 OPEN_PATHS = ("/v2/health/live", "/v2/health/ready")
@@ -64,15 +64,20 @@ class Around:
             await send(message)
 
         try:
-            if self._may(scope):
-                await self.app(scope, receive, sending)
-            else:
-                await _error(401, "a bearer token is needed", {"www-authenticate": "Bearer"})(scope, receive, sending)
+            await (self._at_the_door(scope) or self.app)(scope, receive, sending)
         finally:
             seconds, counted = time.perf_counter() - start, self.server.metrics
             counted.requests.labels(path, str(status)).inc()
             counted.seconds.labels(path).observe(seconds)
             log("request", path=path, status=status, ms=round(1000 * seconds, 2))
+
+    def _at_the_door(self, scope: Scope) -> Response | None:
+        """The answer to a request that is not looked into: no token, or no room for the users that it would bring."""
+        if not self._may(scope):
+            return _error(401, "a bearer token is needed", {"www-authenticate": "Bearer"})
+        brings_users = scope["method"] == "POST" and scope["path"].endswith(("/recommend", "/infer"))
+        now = self.server.now
+        return _full() if brings_users and now is not None and now.batcher.is_full else None
 
     def _may(self, scope: Scope) -> bool:
         if self.server.token is None or scope["path"] in OPEN_PATHS:
@@ -90,7 +95,7 @@ class Around:
 async def recommend(server: Server, request: Request) -> Response:
     """Best items of one user, by external ids."""
     served = _served(server)
-    body = await _body(server, served, request)
+    body = await _body(server, request)
     try:
         asked = parse_recommend(body, served.items, served.limits, served.top_k)
     except ProtocolError as error:
@@ -108,7 +113,7 @@ async def recommend(server: Server, request: Request) -> Response:
 async def infer(server: Server, request: Request) -> Response:
     """The Open Inference Protocol's `infer`."""
     served = _served(server, request)
-    body = await _body(server, served, request)
+    body = await _body(server, request)
     try:
         asked = parse_infer(body, _header_length(request), served.limits)
     except ProtocolError as error:
@@ -175,13 +180,11 @@ def _served(server: Server, request: Request | None = None) -> Served:
     return server.now
 
 
-async def _body(server: Server, served: Served, request: Request) -> bytes:
-    """The body, no more of it than may be, nothing compressed, and not read where there is no room for its users."""
+async def _body(server: Server, request: Request) -> bytes:
+    """The body, no more of it than may be, and nothing compressed."""
     most = server.config.max_body_bytes
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise RefusedError(415, "compressed bodies are not read")
-    if served.batcher.is_full:
-        raise full_queue()
     parts, size = [], 0
     async for part in request.stream():
         size += len(part)
@@ -218,7 +221,12 @@ def _error(status: int, message: str, headers: dict[str, str] | None = None) -> 
 
 async def _refused(_: Request, error: Exception) -> Response:
     assert isinstance(error, RefusedError)
-    return _error(error.status, str(error), {"retry-after": "1"} if error.status == 429 else None)
+    return _full() if error.status == 429 else _error(error.status, str(error))
+
+
+def _full() -> Response:
+    """What is said to those who find no room."""
+    return _error(429, FULL_QUEUE, {"retry-after": "1"})
 
 
 async def _not_found(_: Request, error: Exception) -> Response:

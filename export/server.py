@@ -11,6 +11,7 @@ import logging
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from socket import AF_INET, AF_INET6, create_server, socket
@@ -21,7 +22,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from export.batching import Batcher, QueueFullError
+from export.batching import Batcher, QueueFullError, step_back
 from export.inference_protocol import Limits
 from export.runtime import OnnxRecommender
 from export.states import AppendingRecommender, StateStore
@@ -33,6 +34,7 @@ from slmrec.ragged import Ragged
 from slmrec.recommender import Histories, TopK
 from slmrec.serve_config import ServeConfig
 
+FULL_QUEUE = "the queue is full; try again later"
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 KEEP_ALIVE_S = 75
 """An idle connection is kept longer than load balancers keep theirs (60 s as a rule), so that none of them sends a
@@ -109,11 +111,15 @@ class Server:
         self.metrics = Metrics(self.states)
 
     def load(self) -> Served:
-        """Verify and load the bundle at the path, on the CPU; slow, so it runs in a thread.
+        """Verify and load the bundle at the path, on the CPU; slow, so that a running server asks for it in a thread.
 
         Raises:
             SlmrecError: it is no bundle, does not verify, or has no graph for the user states that are asked for.
         """
+        with ThreadPoolExecutor(1, initializer=step_back) as thread:  # ONNX Runtime's threads are started by this one
+            return thread.submit(self._load).result()
+
+    def _load(self) -> Served:
         folder = self.path.resolve()
         verify(folder, key=self.key)
         threads = self.config.threads or None
@@ -165,18 +171,13 @@ class Server:
             histories.check(served.graph.num_items, newcomers=served.graph.num_interactions is not None)
             return await served.batcher.recommend(histories, k, self.config.timeout_s, allowed)
         except QueueFullError:
-            raise full_queue() from None
+            raise RefusedError(429, FULL_QUEUE) from None
         except TimeoutError:
             raise RefusedError(504, f"no answer within {self.config.timeout_s:g} s") from None
         except (DataError, ConfigError) as error:
             raise RefusedError(400, error.problem) from None
         except SlmrecError as error:
             raise RefusedError(500, error.problem) from None
-
-
-def full_queue() -> RefusedError:
-    """What is said to those who find no room."""
-    return RefusedError(429, "the queue is full; try again later")
 
 
 class _Web(uvicorn.Server):
