@@ -3,6 +3,7 @@
     python benchmarks/slmrec_table.py ml-100k --seeds 0,1,2
     python benchmarks/slmrec_table.py beauty --data ../shared/data/beauty --seeds 0,1,2 --one-teacher --repeat CE,SLMRec
 
+Seeds and rows can be filled by processes of their own, each with its own --runs, and be put together with --from-cells.
 With --one-teacher the students of all seeds follow the first seed's teacher, and --repeat names the rows that are
 made for every seed where the others have the first's alone. Every student row has the same initialisation, item table,
 batches, steps and learning rate; validation chooses the epoch, test is read once. Finished cells are kept below
@@ -150,6 +151,14 @@ def fill(
     return rows
 
 
+def finished(runs: Path, seeds: list[int], wanted: list[str]) -> dict[str, list[dict[str, Any]]]:
+    """Row -> its cells as processes elsewhere left them, one a seed; the models need not be here."""
+    places = {
+        row: [runs / f"seed-{seed}" / "cells" / f"{row}.json" for seed in seeds] for row in ["SASRec-CE", *wanted]
+    }
+    return {row: [json.loads(path.read_text(encoding="utf-8")) for path in paths] for row, paths in places.items()}
+
+
 def _student(teacher: Artifact, data: Dataset, output: Path, config: DistillConfig) -> dict[str, Any]:
     return measured(distill(teacher, data, output, config)[0], data)
 
@@ -176,6 +185,7 @@ def main() -> None:
     parser.add_argument("--rows", help="comma-separated; default all", default=",".join(["teacher", *STUDENTS]))
     parser.add_argument("--one-teacher", action="store_true", help="students of all seeds follow the first's teacher")
     parser.add_argument("--repeat", help="rows that every seed has; default all of --rows")
+    parser.add_argument("--from-cells", metavar="WHERE", help="where the cells below --runs were filled: no times then")
     arguments = parser.parse_args()
     runs = arguments.runs or Path("runs") / f"table-{arguments.name}"
     seeds, wanted = [int(seed) for seed in arguments.seeds.split(",")], arguments.rows.split(",")
@@ -183,16 +193,21 @@ def main() -> None:
     repeated = (arguments.repeat or arguments.rows).split(",")
     later = [row for row in wanted if row in repeated]
     wanted_by_seed = {seed: wanted if seed == seeds[0] else later for seed in seeds}
-    rows = fill(arguments.name, data, runs, wanted_by_seed, one_teacher=arguments.one_teacher)
+    if arguments.from_cells:
+        rows = finished(runs, seeds, wanted)
+    else:
+        rows = fill(arguments.name, data, runs, wanted_by_seed, one_teacher=arguments.one_teacher)
     if "CE" not in rows:
         print(json.dumps({row: cells[0]["test"] for row, cells in rows.items()}, indent=2))
         return
     lines = summarize(rows, against="CE", teacher="teacher")
-    milliseconds = speeds(data, runs / f"seed-{seeds[0]}", list(rows))
+    milliseconds = {} if arguments.from_cells else speeds(data, runs / f"seed-{seeds[0]}", list(rows))
     for line in lines:
-        line["p50_ms"] = milliseconds[line["row"]]
+        line["p50_ms"] = milliseconds.get(line["row"])
     info = {key: data.info[key] for key in ("num_users", "num_items", "num_interactions")}
     result = {"dataset": info | {"hash": data.hash}, "one_teacher": arguments.one_teacher, "rows": lines}
+    if arguments.from_cells:
+        result["cells_filled_on"] = arguments.from_cells
     shared = {row: cells for row, cells in rows.items() if row == "teacher" or row.endswith("shared table")}
     if "CE + shared table" in shared:  # the comparison of equals among those that train no item vectors
         result["shared_table"] = summarize(shared, against="CE + shared table", teacher="teacher")

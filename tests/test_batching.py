@@ -1,13 +1,14 @@
 """Requests computed together: who waits for whom, a full queue, requests given up, errors."""
 
 import asyncio
+import os
 import threading
 import time
 
 import numpy as np
 import pytest
 
-from export.batching import Batcher, QueueFullError
+from export.batching import NICENESS, Batcher, QueueFullError
 from slmrec.errors import CheckError
 from slmrec.ragged import Ragged
 from slmrec.recommender import Histories, TopK
@@ -61,6 +62,27 @@ def test_what_waits_is_the_next_batch_and_a_full_queue_refuses_at_once():
     assert [answer.scores[:, 0].tolist() for answer in answers] == [[1], [2, 2], [3, 3], [4, 4], [5, 5], [7]]
     assert [answer.scores.shape[1] for answer in answers] == [2, 3, 3, 3, 3, 1]
     assert gate.batches == [1, 4, 4, 1]
+
+
+def test_who_computes_and_the_threads_he_starts_yield_to_the_loop():
+    gate, seen = Gate(), []
+    gate.open.set()
+
+    def note():
+        seen.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+
+    def recommend(histories, k):
+        note()
+        started = threading.Thread(target=note)
+        started.start()
+        started.join()
+        return Gate.recommend(gate, histories, k)
+
+    gate.recommend = recommend
+    before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    asyncio.run(Batcher(gate, max_batch=4, max_queue=8).recommend(users(1), 1, 10))
+    assert seen == [min(19, before + NICENESS)] * 2
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
 
 
 def test_a_request_given_up_before_its_turn_is_not_computed():

@@ -113,6 +113,27 @@ def test_a_new_item_is_its_title_and_the_mean_of_the_known_or_of_its_neighbours(
                 torch.testing.assert_close(joined.item_outputs()[item - 1], expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_table_is_put_together_from_cells_made_elsewhere_and_lacks_none_silently(study, tmp_path):
+    table, readme, cells = study("slmrec_table"), study("readme"), study("cells")
+    generator = np.random.default_rng(0)
+    for seed in (0, 1):
+        for row in ("SASRec-CE", "teacher", "CE"):
+            ranks = generator.integers(-1, 20, size=300).tolist()
+            metrics = dict.fromkeys(cells.METRICS, 0.1 * (seed + 1))
+            path = tmp_path / f"seed-{seed}" / "cells" / f"{row}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"ranks": ranks, "test": metrics, "validation": metrics, "seconds": 1}))
+    rows = table.finished(tmp_path, [0, 1], ["teacher", "CE"])
+    found = {row: [one["test"]["mrr"] for one in cells_of] for row, cells_of in rows.items()}
+    assert found == {row: [0.1, 0.2] for row in ("SASRec-CE", "teacher", "CE")}
+    lines = [line | {"p50_ms": None} for line in cells.summarize(rows, against="CE", teacher="teacher")]
+    shown = readme.slmrec({"result": {"rows": lines}})
+    assert "p50" not in shown
+    assert shown.count("0.1000, 0.2000") == 3
+    with pytest.raises(FileNotFoundError):
+        table.finished(tmp_path, [0, 1, 2], ["teacher", "CE"])
+
+
 def test_the_ideal_queue_is_lindleys_where_batches_are_of_one_and_joins_what_waits_where_not(study):
     load = study("serve_load")
     arrivals = np.cumsum(np.random.default_rng(0).exponential(1.0, 500))
