@@ -31,9 +31,9 @@ from export.runtime import OnnxRecommender
 from slmrec.catalogue import load_catalogue
 from slmrec.recommender import Histories
 
-K, MAX_BATCH, MAX_QUEUE = 10, 16, 256
+K, MAX_BATCH, MAX_QUEUE = 10, 64, 256
 CLIENT = Path(__file__).parent / "load_client.py"
-SIZES = (1, 2, 3, 4, 6, 8, 12, 16)
+SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 T_QUANTILE = 2.101
 """Of Student's t at 0.975, 18 degrees of freedom."""
 

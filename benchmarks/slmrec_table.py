@@ -3,7 +3,8 @@
     python benchmarks/slmrec_table.py ml-100k --seeds 0,1,2
     python benchmarks/slmrec_table.py beauty --data ../shared/data/beauty --seeds 0,1,2 --one-teacher --repeat CE,SLMRec
 
-Seeds and rows can be filled by processes of their own, each with its own --runs, and be put together with --from-cells.
+Seeds can be filled by processes of their own, each with its own --runs (and rows, in copies of a seed's folder once its
+teacher is there); their cells, copied into the folders of one --runs, are put together with --from-cells.
 With --one-teacher the students of all seeds follow the first seed's teacher, and --repeat names the rows that are
 made for every seed where the others have the first's alone. Every student row has the same initialisation, item table,
 batches, steps and learning rate; validation chooses the epoch, test is read once. Finished cells are kept below
@@ -151,12 +152,21 @@ def fill(
     return rows
 
 
-def finished(runs: Path, seeds: list[int], wanted: list[str]) -> dict[str, list[dict[str, Any]]]:
+def finished(runs: Path, seeds: list[int], wanted: list[str], num_users: int) -> dict[str, list[dict[str, Any]]]:
     """Row -> its cells as processes elsewhere left them, one a seed; the models need not be here."""
-    places = {
-        row: [runs / f"seed-{seed}" / "cells" / f"{row}.json" for seed in seeds] for row in ["SASRec-CE", *wanted]
-    }
-    return {row: [json.loads(path.read_text(encoding="utf-8")) for path in paths] for row, paths in places.items()}
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for row in dict.fromkeys(["SASRec-CE", "teacher", *wanted]):
+        for seed in seeds:
+            path = runs / f"seed-{seed}" / "cells" / f"{row}.json"
+            made = json.loads(path.read_text(encoding="utf-8"))
+            found = {"seed": made["settings"]["train"]["seed"], "users": len(made["ranks"])}
+            if found != {"seed": seed, "users": num_users}:
+                raise SystemExit(f"{path} has {found}; expected seed {seed} and {num_users} users of --data")
+            weights = {name: made["settings"][name] for name in STUDENTS.get(row, {})}
+            if weights != STUDENTS.get(row, {}):
+                raise SystemExit(f"{path} was trained with {weights}, not as the row {row}")
+            rows.setdefault(row, []).append(made)
+    return rows
 
 
 def _student(teacher: Artifact, data: Dataset, output: Path, config: DistillConfig) -> dict[str, Any]:
@@ -194,7 +204,9 @@ def main() -> None:
     later = [row for row in wanted if row in repeated]
     wanted_by_seed = {seed: wanted if seed == seeds[0] else later for seed in seeds}
     if arguments.from_cells:
-        rows = finished(runs, seeds, wanted)
+        if arguments.one_teacher or arguments.repeat:
+            parser.error("--from-cells takes every row of every seed: no --one-teacher, no --repeat")
+        rows = finished(runs, seeds, wanted, data.info["num_users"])
     else:
         rows = fill(arguments.name, data, runs, wanted_by_seed, one_teacher=arguments.one_teacher)
     if "CE" not in rows:

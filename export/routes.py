@@ -22,6 +22,10 @@ from export.server import FULL_QUEUE, RefusedError, Served, Server, log
 
 MODEL, VERSION = "recommend", "1"
 OPEN_PATHS = ("/v2/health/live", "/v2/health/ready")
+INFER = f"/v2/models/{MODEL}"
+USERS_PATHS = ("/recommend", f"{INFER}/infer", f"{INFER}/versions/{VERSION}/infer")
+"""Which bring users, for whom there has to be room."""
+RETRY = {"retry-after": "1"}
 KNOWN_PATHS = (*OPEN_PATHS, "/v2", "/recommend", "/metrics", "/openapi.json")
 Handler = Callable[[Server, Request], Awaitable[Response]]
 
@@ -75,9 +79,10 @@ class Around:
         """The answer to a request that is not looked into: no token, or no room for the users that it would bring."""
         if not self._may(scope):
             return _error(401, "a bearer token is needed", {"www-authenticate": "Bearer"})
-        brings_users = scope["method"] == "POST" and scope["path"].endswith(("/recommend", "/infer"))
         now = self.server.now
-        return _full() if brings_users and now is not None and now.batcher.is_full else None
+        if now is None or scope["path"] not in USERS_PATHS or not now.batcher.is_full:
+            return None
+        return _error(429, FULL_QUEUE, RETRY)
 
     def _may(self, scope: Scope) -> bool:
         if self.server.token is None or scope["path"] in OPEN_PATHS:
@@ -221,12 +226,7 @@ def _error(status: int, message: str, headers: dict[str, str] | None = None) -> 
 
 async def _refused(_: Request, error: Exception) -> Response:
     assert isinstance(error, RefusedError)
-    return _full() if error.status == 429 else _error(error.status, str(error))
-
-
-def _full() -> Response:
-    """What is said to those who find no room."""
-    return _error(429, FULL_QUEUE, {"retry-after": "1"})
+    return _error(error.status, str(error), RETRY if error.status == 429 else None)
 
 
 async def _not_found(_: Request, error: Exception) -> Response:

@@ -13,9 +13,8 @@ class ServeConfig:
     host: str = "127.0.0.1"
     """Loopback unless told otherwise: there is no encryption here."""
     port: int = 8000
-    max_batch: int = 16
-    """Users that are computed together at most; those that wait meanwhile are the next batch. Processors answer no more
-    users a second in larger batches, and the first of them wait for the last."""
+    max_batch: int = 64
+    """Users that are computed together at most; those that wait meanwhile are the next batch."""
     max_queue: int = 1024
     """Users that may wait; further requests are answered 429 at once."""
     timeout_s: float = 5.0

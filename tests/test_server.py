@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import os
 import shutil
 import signal
 import subprocess
@@ -14,10 +15,14 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 from served import NUM_ITEMS, Running, make_bundle
 
+from export.batching import NICENESS
+from export.routes import create_app
 from export.runtime import OnnxRecommender
+from export.server import Server
 from export.triton_client import recommend
 from slmrec.artifact import open_artifact
 from slmrec.catalogue import load_catalogue
@@ -184,8 +189,6 @@ def test_users_who_come_back_are_answered_from_their_states_within_the_budget(bu
 
 
 def test_states_where_the_bundle_has_no_graph_for_them_are_refused(tiny_model, bundles):
-    from export.server import Server
-
     plain = make_bundle(tiny_model, bundles[0].parent, "plain", append=False)
     with pytest.raises(ConfigError, match=r"append\.onnx"):
         Server(plain, ServeConfig(state_mb=1)).load()
@@ -272,6 +275,43 @@ def point_to(running, target):
     new.symlink_to(target)
     new.rename(running.link)
     running.process.send_signal(signal.SIGHUP)
+
+
+def test_a_full_queue_is_told_before_a_request_is_read(bundles):
+    async def unread():
+        raise AssertionError("the body was read")
+
+    async def answer(path, is_full, method="POST"):
+        sent = []
+
+        async def send(message):
+            sent.append(message)
+
+        server = Server(bundles[0], ServeConfig())
+        served = server.now = await asyncio.to_thread(server.load)
+        served.batcher.num_waiting = served.batcher.max_queue if is_full else 0
+        scope = {
+            "type": "http", "path": path, "raw_path": path.encode(), "method": method, "headers": [], "root_path": "",
+            "query_string": b"", "http_version": "1.1", "scheme": "http", "server": ("localhost", 80),
+        }  # fmt: skip
+        await create_app(server)(scope, unread, send)
+        return sent[0]["status"], {name.decode(): value.decode() for name, value in sent[0]["headers"]}, served.hash
+
+    for path in ("/recommend", "/v2/models/recommend/infer", "/v2/models/recommend/versions/1/infer"):
+        status, headers, hash_ = asyncio.run(answer(path, True))
+        assert (status, headers["retry-after"], headers["x-bundle-hash"]) == (429, "1", hash_)
+        with pytest.raises(AssertionError, match="was read"):
+            asyncio.run(answer(path, False))
+    for path, method, expected in (("/v2/models/other/infer", "POST", 404), ("/v2/health/ready", "GET", 200)):
+        assert asyncio.run(answer(path, True, method))[0] == expected
+
+
+def test_the_threads_that_compute_yield_to_the_one_that_answers(bundles):
+    with Running(bundles[0], "--threads", "3") as server:  # nobody has asked yet: these are ONNX Runtime's own
+        threads = psutil.Process(server.process.pid).threads()
+        niceness = {one.id: os.getpriority(os.PRIO_PROCESS, one.id) for one in threads}
+        base = niceness.pop(server.process.pid)
+        assert list(niceness.values()).count(min(19, base + NICENESS)) >= 2
 
 
 def test_what_is_accepted_is_answered_before_the_end(bundles):
@@ -365,8 +405,6 @@ def test_settings_that_cannot_be_are_refused(wrong):
 
 
 def test_a_bundle_that_does_not_verify_is_not_served(bundles, tmp_path, caplog):
-    from export.server import Server
-
     broken = Path(shutil.copytree(bundles[0], tmp_path / "broken"))
     (broken / "model.onnx").write_bytes(b"broken")
     with pytest.raises(CheckError, match="does not verify"):

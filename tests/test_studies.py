@@ -122,8 +122,10 @@ def test_a_table_is_put_together_from_cells_made_elsewhere_and_lacks_none_silent
             metrics = dict.fromkeys(cells.METRICS, 0.1 * (seed + 1))
             path = tmp_path / f"seed-{seed}" / "cells" / f"{row}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"ranks": ranks, "test": metrics, "validation": metrics, "seconds": 1}))
-    rows = table.finished(tmp_path, [0, 1], ["teacher", "CE"])
+            content = {"ranks": ranks, "test": metrics, "validation": metrics, "seconds": 1}
+            settings = {"train": {"seed": seed}, **(table.STUDENTS["CE"] if row == "CE" else {})}
+            path.write_text(json.dumps(content | {"settings": settings}))
+    rows = table.finished(tmp_path, [0, 1], ["CE"], 300)
     found = {row: [one["test"]["mrr"] for one in cells_of] for row, cells_of in rows.items()}
     assert found == {row: [0.1, 0.2] for row in ("SASRec-CE", "teacher", "CE")}
     lines = [line | {"p50_ms": None} for line in cells.summarize(rows, against="CE", teacher="teacher")]
@@ -131,7 +133,17 @@ def test_a_table_is_put_together_from_cells_made_elsewhere_and_lacks_none_silent
     assert "p50" not in shown
     assert shown.count("0.1000, 0.2000") == 3
     with pytest.raises(FileNotFoundError):
-        table.finished(tmp_path, [0, 1, 2], ["teacher", "CE"])
+        table.finished(tmp_path, [0, 1, 2], ["CE"], 300)
+    with pytest.raises(SystemExit, match="301 users"):
+        table.finished(tmp_path, [0, 1], ["CE"], 301)
+    made = tmp_path / "seed-1" / "cells"
+    other = json.loads((made / "CE.json").read_text())
+    (made / "SLMRec + list.json").write_text(json.dumps(other | {"settings": other["settings"] | {"list_weight": 0.0}}))
+    with pytest.raises(SystemExit, match="not as the row SLMRec"):
+        table.finished(tmp_path, [1], ["SLMRec + list"], 300)
+    (made / "CE.json").write_text((tmp_path / "seed-0" / "cells" / "CE.json").read_text())
+    with pytest.raises(SystemExit, match="expected seed 1"):
+        table.finished(tmp_path, [1], ["CE"], 300)
 
 
 def test_the_ideal_queue_is_lindleys_where_batches_are_of_one_and_joins_what_waits_where_not(study):

@@ -17,7 +17,7 @@ TOKEN_VARIABLE = "SLMCOMPRESS_TOKEN"
 @click.argument("path", metavar="BUNDLE", required=False, type=click.Path(path_type=Path))
 @click.option("--host", default="127.0.0.1", show_default=True, help="Loopback unless told otherwise: no encryption.")
 @click.option("--port", type=int, default=8000, show_default=True, help="0 chooses a free one.")
-@click.option("--max-batch", type=int, default=16, show_default=True, help="Users computed together.")
+@click.option("--max-batch", type=int, default=64, show_default=True, help="Users computed together.")
 @click.option("--max-queue", type=int, default=1024, show_default=True, help="Users that may wait; then 429.")
 @click.option("--timeout-s", type=float, default=5.0, show_default=True, help="Longest wait for an answer; then 504.")
 @click.option("--max-body-bytes", type=int, default=4 * 2**20, show_default=True, help="Longest request; then 413.")
