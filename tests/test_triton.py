@@ -148,7 +148,12 @@ def test_padded_requests_hold_every_user_once_at_his_own_width(histories, keep_h
 
 
 def test_the_client_is_a_script_of_its_own(made):
-    script = [sys.executable, "-c", "import sys; sys.path.insert(0, '.'); import client; print(sorted(sys.modules))"]
+    script = [
+        sys.executable,
+        "-B",
+        "-c",
+        "import sys; sys.path.insert(0, '.'); import client; print(sorted(sys.modules))",
+    ]
     found = subprocess.run(script, cwd=made / "triton", capture_output=True, text=True, check=True)
     assert "'torch'" not in found.stdout
     assert "'export'" not in found.stdout
