@@ -1,11 +1,13 @@
 """Is distillation orthogonal to 8 bits and to pruning? Measured on the models of `slmrec_table.py` (same --runs).
 
     python benchmarks/orthogonality.py runs/table-ml-100k runs/table-beauty --seeds 0,1,2
+    python benchmarks/orthogonality.py runs/table-beauty --seeds 2     # fill one more seed; the others are kept
 
 {teacher, CE student, SLMRec student} x {fp32, 8-bit} x {whole, one layer pruned and healed}. What a compression changes
 in NDCG@10 of a student, relative to what it was, minus the same of the teacher: the interaction. The margin is fixed
 beforehand: 1 %. Orthogonal if the 95 % interval over users lies within it; not orthogonal if the interval excludes 0
-and is not within it; else undecided. User metrics are averaged over seeds first; no gate is applied.
+and is not within it; else undecided. User metrics are averaged over seeds first; no gate is applied. Seeds that were
+filled earlier, or on other machines, are kept in `results/orthogonality_ranks.parquet` and count with those filled now.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import matplotlib as mpl
 import numpy as np
 from cells import cell
 from graphs import as_graph
+from kept import keep, kept, kept_seeds
 from recording import RESULTS, record
 from slmrec_table import recipes
 
@@ -65,13 +68,11 @@ def pruning(artifact: Artifact, name: str, seed: int) -> PruneConfig:
     )
 
 
-def measure(runs: Path, data: Dataset, seed: int) -> Users:
-    """NDCG@10 of each test user by model and compression, of one seed; a model that the seed lacks is left out."""
+def measure(runs: Path, data: Dataset, seed: int) -> dict[str, np.ndarray]:
+    """Rank of each test user's target by model and compression, "MODEL, COMPRESSION", of one seed."""
     at = runs / f"seed-{seed}"
-    found: Users = {}
+    found: dict[str, np.ndarray] = {}
     for name in MODELS:
-        if not (at / name).exists():
-            continue
         artifact, cells = open_artifact(at / name), at / "cells"
         config = pruning(artifact, runs.name.removeprefix("table-"), seed)
         smaller, _ = prune(artifact, data, at / f"{name} pruned", config)
@@ -88,14 +89,19 @@ def measure(runs: Path, data: Dataset, seed: int) -> Users:
                 key,
                 lambda s=source, r=rounded: in_8_bits(s, data, seed) if r else ranked(load_decoder(s).eval(), data),
             )
-            found[name, compression] = ndcg(np.array(made["ranks"]), 10)
+            found[f"{name}, {compression}"] = np.array(made["ranks"])
     return found
 
 
+def users_of(dataset: str, seed: int) -> Users:
+    """NDCG@10 of each test user by model and compression, as it is kept of one seed."""
+    ranks = kept("orthogonality", dataset, seed)
+    return {(name, c): ndcg(ranks[f"{name}, {c}"], 10) for name in MODELS for c in ("fp32", *COMPRESSIONS)}
+
+
 def averaged(by_seed: Sequence[Users]) -> Users:
-    """Each user's NDCG@10, averaged over the seeds that have the model."""
-    names = {name for users in by_seed for name in users}
-    return {name: np.mean([users[name] for users in by_seed if name in users], axis=0) for name in names}
+    """Each user's NDCG@10, averaged over seeds."""
+    return {name: np.mean([users[name] for users in by_seed], axis=0) for name in by_seed[0]}
 
 
 def interaction(users: Users, student: str, compression: str) -> dict[str, Any]:
@@ -142,7 +148,7 @@ def table(users: Users, by_seed: Sequence[Users]) -> list[dict[str, Any]]:
     for name in MODELS:
         for compression in ("fp32", *COMPRESSIONS):
             mean, plain = users[name, compression].mean(), users[name, "fp32"].mean()
-            seeds = [float(one[name, compression].mean()) for one in by_seed if (name, compression) in one]
+            seeds = [float(one[name, compression].mean()) for one in by_seed]
             lines.append(
                 {"model": name, "compression": compression, "ndcg@10": float(mean), "by_seed": seeds,
                  "change": float(mean / plain - 1)}
@@ -172,17 +178,21 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
 def main() -> None:
     """Fill the cells, judge, draw and record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+", help="folders that slmrec_table.py filled")
-    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("runs", type=Path, nargs="*", help="folders that slmrec_table.py filled")
+    parser.add_argument("--seeds", default="0,1,2", help="that are filled now")
     arguments = parser.parse_args()
-    results = {}
     for runs in arguments.runs:
         data = load_dataset(runs / "data")
-        name = runs.name.removeprefix("table-")
-        by_seed = [measure(runs, data, int(seed)) for seed in arguments.seeds.split(",")]
+        for seed in map(int, arguments.seeds.split(",")):
+            keep("orthogonality", runs.name.removeprefix("table-"), seed, measure(runs, data, seed))
+    filled = kept_seeds("orthogonality")
+    results = {}
+    for name in sorted({one["dataset"] for one in filled}, reverse=True):
+        by_seed = [users_of(name, one["seed"]) for one in filled if one["dataset"] == name]
         users = averaged(by_seed)
         results[name] = {
             "num_users": len(users["teacher", "fp32"]),
+            "filled": [one for one in filled if one["dataset"] == name],
             "table": table(users, by_seed),
             "interactions": [interaction(users, s, c) for s in ("SLMRec", "CE") for c in COMPRESSIONS],
         }

@@ -25,14 +25,17 @@ def _without_place(arguments: list[str]) -> list[str]:
     return [*arguments[:place], *arguments[place + 2 :]]
 
 
+def commit() -> str:
+    """The commit that is measured."""
+    command = ["git", "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=RESULTS.parent).stdout.strip()
+
+
 def record(name: str, result: dict[str, Any]) -> Path:
     """Write a result with all it takes to repeat it."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, cwd=RESULTS.parent
-    )
     entry = {
         "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *_without_place(sys.argv[1:])]),
         "machine": describe_machine(),
         "result": result,

@@ -153,7 +153,11 @@ def fill(
 
 
 def finished(runs: Path, seeds: list[int], wanted: list[str], num_users: int) -> dict[str, list[dict[str, Any]]]:
-    """Row -> its cells as processes elsewhere left them, one a seed; the models need not be here."""
+    """Row -> its cells as processes elsewhere left them, one a seed; the models need not be here.
+
+    Raises:
+        SystemExit: a cell is of another seed, data set or row.
+    """
     rows: dict[str, list[dict[str, Any]]] = {}
     for row in dict.fromkeys(["SASRec-CE", "teacher", *wanted]):
         for seed in seeds:

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from slmrec.catalogue import Catalogue
+from slmrec.checks import is_unicode
 from slmrec.errors import DataError
 from slmrec.ragged import Ragged
 from slmrec.recommender import PAD, Histories, Recommender, TopK
@@ -175,7 +176,7 @@ def parse_request(record: Any, line: int, source: Path) -> Request:
             raise _malformed(source, line, what)
     lists = [_ids(record.get(name), line, source) for name in ("history", "exclude")]
     user = record.get("user", line)
-    if not isinstance(user, str | int) or isinstance(user, bool):
+    if not isinstance(user, str | int) or isinstance(user, bool) or not is_unicode(str(user)):
         raise _malformed(source, line, f"the user is {user!r}, expected is text or a whole number")
     return Request(source, line, str(user), *lists)
 
@@ -184,7 +185,7 @@ def _ids(value: Any, line: int, source: Path) -> list[str]:
     """A list of ids; in CSV ids with spaces between them, or a JSON list."""
     if value is None:
         return []
-    if isinstance(value, str):
+    if isinstance(value, str) and source.suffix == ".csv":
         if not value.startswith("["):
             return value.split()
         try:

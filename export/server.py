@@ -105,6 +105,8 @@ class Server:
     token: bytes | None = None
     now: Served | None = None
     _swapping: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _refused: object = None
+    """Files of the bundle that was refused last."""
 
     def __post_init__(self) -> None:
         self.states = StateStore(int(self.config.state_mb * 1e6))  # of all bundles: keys tell them apart
@@ -134,20 +136,31 @@ class Server:
         _warm(served)
         return served
 
-    async def swap(self) -> bool:
-        """Take over another bundle at the path, if there is one and it verifies; else the old one goes on."""
+    async def swap(self, *, again: bool = True) -> bool:
+        """Take over another bundle at the path, if there is one and it verifies; else the old one goes on.
+
+        Args:
+            again: look once more at files that were refused and have not changed since, and say so where the bundle is
+                the one that is served.
+        """
         async with self._swapping:
-            old = self.now
+            old, files = self.now, None
             try:
+                files = await asyncio.to_thread(_files, self.path.resolve())
+                if not again and files == self._refused:
+                    return False
                 found = str((await asyncio.to_thread(read_manifest, self.path.resolve()))["hash"])
                 if old is not None and found == old.hash:
+                    if again:
+                        log("no other bundle", bundle=found)
                     return False
                 new = await asyncio.to_thread(self.load)
             except (SlmrecError, OSError) as error:
+                self._refused = files
                 self.metrics.swaps.labels("refused").inc()
                 log("swap refused", reason=str(error).splitlines()[0])
                 return False
-            self.now = new
+            self.now, self._refused = new, None
             self.metrics.swaps.labels("taken").inc()
             log("swap", bundle=new.hash, before=old.hash if old is not None else None)
             if old is not None:
@@ -158,7 +171,7 @@ class Server:
         """Look for another bundle again and again."""
         while True:
             await asyncio.sleep(self.config.watch_s)
-            await self.swap()
+            await self.swap(again=False)
 
     async def ask(self, served: Served, histories: Histories, k: int, allowed: Ragged | None = None) -> TopK:
         """A list for each user.
@@ -236,6 +249,12 @@ async def run(server: Server, listener: socket) -> None:
 def log(event: str, **fields: Any) -> None:
     """A line of JSON."""
     LOG.info(json.dumps({"event": event, "time": round(time.time(), 3), **fields}))
+
+
+def _files(folder: Path) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of a bundle's files: the same while nobody writes there."""
+    found = [(str(path), path.stat()) for path in sorted(folder.rglob("*"))]
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]
 
 
 def _warm(served: Served) -> None:

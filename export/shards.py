@@ -67,9 +67,8 @@ def request_files(source: Path) -> list[Path]:
         if not any(part.startswith((".", "_")) for part in path.relative_to(source).parts)
     ]
     if not files:
-        raise DataError(
-            f"{source} is no Parquet file, nor a folder of any", remedy=f"--input of .parquet, with {REQUEST_COLUMNS}"
-        )
+        what = "is no Parquet file, nor a folder of any" if source.exists() else "does not exist"
+        raise DataError(f"{source} {what}", remedy=f"--input of .parquet, with {REQUEST_COLUMNS}")
     return files
 
 
@@ -152,4 +151,4 @@ def _check_columns(schema: Any, file: Path) -> None:
     texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_integer)
     if not any(fits(kind) for fits in texts):
         raise DataError(f"users in {file} are of type {kind}", remedy=REQUEST_COLUMNS)
-    parse_request(dict.fromkeys(schema.names, ""), 1, file)
+    parse_request(dict.fromkeys(schema.names) | {"user": ""}, 1, file)

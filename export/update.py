@@ -1,7 +1,8 @@
 """update-items: items join and leave a bundle's catalogue; its decoder stays as it is."""
 
+import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from export.signing import SIGNED_FILE, SUMS_FILE, fingerprint
 from export.triton import write_triton
 from slmrec.artifact import MANIFEST, Artifact, Stage, file_sha256, is_up_to_date, open_artifact, publish, write_json
 from slmrec.catalogue import ITEMS_FILE, Catalogue, load_catalogue
+from slmrec.checks import is_unicode
 from slmrec.errors import ConfigError, DataError
 from slmrec.locks import one_run_at_a_time
 from slmrec.ragged import Ragged
@@ -125,14 +127,14 @@ def read_new_items(path: Path, catalogue: Catalogue, tables: ItemWeights, item_d
             of another width or that are not finite, or more items than there is room for.
     """
     found, ids = [], dict.fromkeys(catalogue.item_ids)
-    for number, row in enumerate(_rows(path), start=1):
-        item = _new_item(row, f"{path}, row {number}", catalogue, (tables, item_dim))
+    for where, row in _rows(path):
+        item = _new_item(row, where, catalogue, (tables, item_dim))
         if item.item_id in ids:
-            raise DataError(
-                f"{path}, row {number}: the item {item.item_id!r} is there already", remedy="an id that was never used"
-            )
+            raise DataError(f"{where}: the item {item.item_id!r} is there already", remedy="an id that was never used")
         ids[item.item_id] = None
         found.append(item)
+    if not found:
+        raise DataError(f"{path} has no item", remedy='rows such as {"item": "x", "similar": ["50"]}')
     room = tables.rows - 1 - tables.count
     if len(found) > room:
         raise DataError(
@@ -217,15 +219,26 @@ def _check_and_save_golden(old: Path, new: Path, tables: ItemWeights, num_new: i
     return asked
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where each row stands, and the row."""
     if path.suffix not in (".parquet", ".jsonl"):
         raise DataError(f"{path} is neither .parquet nor .jsonl", remedy="a column item, and similar or vector")
+    where = str(path)
     try:
-        frame = pl.read_parquet(path) if path.suffix == ".parquet" else pl.read_ndjson(path, infer_schema_length=None)
-    except (pl.exceptions.PolarsError, OSError) as error:
+        if path.suffix == ".parquet":
+            for number, row in enumerate(pl.read_parquet(path).to_dicts(), start=1):
+                yield f"{path}, row {number}", row
+            return
+        for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), start=1):
+            where = f"{path}, row {number}"
+            if line.strip():
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise DataError(f"{where}: {row!r} is no record", remedy='{"item": "x", "similar": ["50"]}')
+                yield where, row
+    except (pl.exceptions.PolarsError, OSError, ValueError, RecursionError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise DataError(f"{path} cannot be read: {reason}", remedy="a .parquet or .jsonl table") from None
-    return frame.to_dicts()
+        raise DataError(f"{where} cannot be read: {reason}", remedy="a .parquet or .jsonl table") from None
 
 
 def _new_item(row: dict[str, Any], where: str, catalogue: Catalogue, widths: tuple[ItemWeights, int]) -> NewItem:
@@ -234,9 +247,10 @@ def _new_item(row: dict[str, Any], where: str, catalogue: Catalogue, widths: tup
     if unknown:
         raise DataError(f"{where}: the column {unknown[0]!r} is unknown", remedy=f"columns of {', '.join(COLUMNS)}")
     item, title, bias = row.get("item"), row.get("title"), row.get("bias")
-    if not isinstance(item, str | int) or isinstance(item, bool) or item == "" or not isinstance(title, str | None):
+    is_id = isinstance(item, str | int) and not isinstance(item, bool) and _is_id(str(item))
+    if not is_id or not (title is None or (isinstance(title, str) and is_unicode(title))):
         raise DataError(
-            f"{where}: the item is {item!r}, its title {title!r}; expected are an id and a text",
+            f"{where}: the item is {item!r}, its title {title!r}; expected are an id on one line and a text",
             remedy="a column item with an id in every row",
         )
     similar, vector, output = (row.get(name) for name in ("similar", "vector", "output_vector"))
@@ -259,6 +273,11 @@ def _new_item(row: dict[str, Any], where: str, catalogue: Catalogue, widths: tup
         None if output is None else _finite(output, tables.outputs.shape[1], f"{where}: output_vector"),
         float(_finite([0.0 if bias is None else bias], 1, f"{where}: bias")[0]),
     )
+
+
+def _is_id(text: str) -> bool:
+    """Whether an id can stand alone on a line of a file, as lists of retired items have it."""
+    return bool(text) and text == text.strip() and is_unicode(text) and not any(ord(one) < 32 for one in text)
 
 
 def _finite(values: Any, width: int, where: str) -> np.ndarray:

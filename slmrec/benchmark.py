@@ -75,7 +75,10 @@ def run_benchmark(
     """
     baseline = baseline or entrants[0].name
     check_entrants(entrants, data, baseline)
-    config = replace(config, top_k=min(config.top_k, *(entrant.recommender.max_top_k for entrant in entrants)))
+    shortest = min(entrants, key=lambda entrant: entrant.recommender.max_top_k)
+    if config.top_k > shortest.recommender.max_top_k:
+        say(f"{shortest.name} answers {shortest.recommender.max_top_k} items at most: as many are asked of all")
+        config = replace(config, top_k=shortest.recommender.max_top_k)
     provenance = _provenance(data, config)  # first, so that the load is what others cause
     cases = test_cases(data.sequences)
     accuracies = {entrant.name: _accuracy(entrant, cases, config, say) for entrant in entrants}

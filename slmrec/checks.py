@@ -34,6 +34,15 @@ def require_seed(settings: object) -> None:
     require_most(settings, seed=LARGEST_SEED)
 
 
+def is_unicode(text: str) -> bool:
+    r"""Whether text can be written as UTF-8, which half of a surrogate pair cannot.
+
+    >>> is_unicode("\u00e4"), is_unicode("\ud800")
+    (True, False)
+    """
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Refuse a setting that is none of its choices."""
     require(value in choices, f"{name}={value!r} is not known", f"one of {', '.join(choices)}")

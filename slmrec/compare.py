@@ -1,5 +1,6 @@
 """Two reports of one benchmark: what became worse beyond what their intervals allow."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -31,6 +32,23 @@ class Change:
             return f"REGRESSION  {self.name}, {self.figure}: no longer measured"
         mark = "REGRESSION" if self.is_regression else "ok        "
         return f"{mark}  {self.name}, {self.figure}: {self.old:.4g} -> {self.new:.4g} (allowed {self.allowed:.4g})"
+
+
+def require_figures(report: Benchmark) -> None:
+    """Refuse what is no report: a field that is not there, or no finite number where a figure is compared.
+
+    Raises:
+        KeyError, IndexError, TypeError: say which.
+    """
+    _ = report["baseline"], report["dataset"]["hash"], report["schema"]
+    for row in report["rows"]:
+        accuracy, speedup = row["accuracy"], row["ratios"]["speedup_batch_1"]
+        figures = {"size_bytes": row["size_bytes"], "median": speedup["median"], "p10": speedup["p10"]}
+        if accuracy is not None:
+            figures |= {"ndcg@10": accuracy["ndcg@10"], "interval": accuracy["intervals"]["ndcg@10"][0]}
+        for name, value in figures.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise TypeError(f"{name} of {row['name']} is {value!r}, no finite number")
 
 
 def compare_reports(old: Benchmark, new: Benchmark, tolerance: float) -> list[Change]:

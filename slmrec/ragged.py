@@ -21,6 +21,9 @@ class Ragged:
     values: Int64[np.ndarray, " total"]
     offsets: Int64[np.ndarray, " rows_plus_one"]
 
+    def __post_init__(self) -> None:
+        _whole(self.values)
+
     @classmethod
     def from_rows(cls, rows: Sequence[Sequence[int] | np.ndarray]) -> "Ragged":
         """Pack rows in their order.

@@ -1,9 +1,11 @@
 """Settings of `slmcompress serve`."""
 
-import math
 from dataclasses import dataclass
 
-from slmrec.checks import require, require_least
+from slmrec.checks import require, require_least, require_most
+
+LONGEST_S = 86_400
+"""A day: nobody waits longer for an answer or for a look at a folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +34,12 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         require_least(self, max_batch=1, max_queue=1, max_body_bytes=1024, max_ids=1, threads=0)
-        require(0 <= self.port <= 65535, f"port={self.port}", "--port 8000")
-        require(self.timeout_s > 0, f"timeout_s={self.timeout_s} is not above 0", "--timeout-s 5")
-        require(0 <= self.state_mb < math.inf, f"state_mb={self.state_mb}", "--state-mb 256")
-        require(self.watch_s >= 0, f"watch_s={self.watch_s} is below 0", "--watch-s 2")
+        require_most(self, threads=1024)
+        require(0 <= self.port <= 65535, f"port={self.port}, expected is 0 to 65535", "--port 8000")
+        timeout, state, watch = (f"{name}={getattr(self, name)}" for name in ("timeout_s", "state_mb", "watch_s"))
+        require(0 < self.timeout_s <= LONGEST_S, f"{timeout}, expected is above 0, to {LONGEST_S}", "--timeout-s 5")
+        require(0 <= self.state_mb <= 1e7, f"{state}, expected is 0 to 10,000,000", "--state-mb 256")
+        require(0 <= self.watch_s <= LONGEST_S, f"{watch}, expected is 0 to {LONGEST_S}", "--watch-s 2")
         require(
             self.max_queue >= self.max_batch,
             f"max_queue={self.max_queue} holds less than a batch of {self.max_batch}",

@@ -207,7 +207,7 @@ def test_bad_requests_are_one_message_and_no_output(bundles, tmp_path, case):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "is no Parquet file"), (b"PAR1", "is not readable as .parquet"), (b"", "is not readable as .parquet")],
+    [(None, "does not exist"), (b"PAR1", "is not readable as .parquet"), (b"", "is not readable as .parquet")],
 )
 def test_a_file_that_is_no_parquet_is_a_message(bundles, tmp_path, content, message):
     source = tmp_path / "in.parquet"

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from benchmarked import CONFIG, Cyclic, make_data, make_entrants
+from benchmarked import CONFIG, NUM_ITEMS, Cyclic, make_data, make_entrants
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -125,7 +125,11 @@ def test_report_names_the_artefact_to_serve_and_what_load_did(tmp_path):
 
     bounds = Constraints(max_latency_ms={"p50": 1000.0}, min_ndcg=0.9)
     config = replace(CONFIG, rate=2000.0, rate_requests=20, constraints=bounds, floor=False)
-    report = run_benchmark(make_entrants(tmp_path), make_data(tmp_path / "d"), config)
+    said: list[str] = []
+    report = run_benchmark(make_entrants(tmp_path), make_data(tmp_path / "d"), config, say=said.append)
+    assert not any("items at most" in line for line in said)
+    run_benchmark(make_entrants(tmp_path), make_data(tmp_path / "e"), replace(config, top_k=50), say=said.append)
+    assert f"teacher answers {NUM_ITEMS} items at most: as many are asked of all" in said
     benchmark = json.loads(json.dumps(report.benchmark))
     assert benchmark["recommended"]["name"] in {row["name"] for row in benchmark["rows"]}
     assert all(isinstance(row["pareto"], bool) for row in benchmark["rows"])

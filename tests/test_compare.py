@@ -84,6 +84,22 @@ def test_reports_of_other_data_are_not_compared(report):
         compare_reports(report, report | {"baseline": "student"}, 0.01)
 
 
+@pytest.mark.parametrize("value", ["fast", None, True, float("nan"), float("inf")])
+@pytest.mark.parametrize("path", [("size_bytes",), ("ratios", "speedup_batch_1", "p10"), ("accuracy", "ndcg@10")])
+def test_a_figure_that_is_no_number_is_one_message(report, tmp_path, path, value):
+    other = copy.deepcopy(report)
+    place = other["rows"][1]
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    for name, content in (("good.json", report), ("bad.json", other)):
+        (tmp_path / name).write_text(json.dumps(content))
+    for names in (("good.json", "bad.json"), ("bad.json", "good.json")):
+        result = CliRunner().invoke(main, ["compare", *(str(tmp_path / name) for name in names)])
+        assert isinstance(result.exception, ArtifactError)
+        assert f"{path[-1]} of {report['rows'][1]['name']} is {value!r}, no finite number" in str(result.exception)
+
+
 def test_the_command_ends_with_1_on_a_regression_alone(report, tmp_path):
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "benchmark.json").write_text(json.dumps(report))

@@ -108,6 +108,7 @@ def test_a_user_without_history_is_asked_for_where_popularity_is_known(tmp_path)
         ("in.csv", b"usr,history\n1,a\n", "in.csv:2: the field 'usr'; is it 'user'?"),
         ("in.csv", b"user,history\n1,a,b\n", "in.csv:2: more cells than the header"),
         ("in.jsonl", b'{"history": 5}\n', "in.jsonl:1: 5 is no list of item ids"),
+        ("in.jsonl", b'{"history": "d e"}\n', "in.jsonl:1: 'd e' is no list of item ids"),
         ("in.jsonl", b"[1, 2]\n", "in.jsonl:1: no record with a field 'history'"),
         ("in.jsonl", b"{history}\n", "in.jsonl:1: not JSON"),
         ("in.jsonl", b'{"history": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n", "in.jsonl:1: not JSON"),
@@ -152,7 +153,7 @@ def test_a_title_is_matched_whole_whatever_its_case():
         ITEMS.to_internal(["Alie"])
 
 
-@pytest.mark.parametrize("user", [None, True, 1.5, {"a": 1}])
+@pytest.mark.parametrize("user", [None, True, 1.5, {"a": 1}, "\ud800"])
 def test_a_user_is_text_or_a_whole_number(tmp_path, user):
     source = tmp_path / "in.jsonl"
     source.write_text(json.dumps({"user": user, "history": ["a"]}) + "\n")

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import logging
-import os
 import shutil
 import signal
 import subprocess
@@ -15,12 +14,9 @@ from pathlib import Path
 
 import httpx
 import numpy as np
-import psutil
 import pytest
 from served import NUM_ITEMS, Running, make_bundle
 
-from export.batching import NICENESS
-from export.routes import create_app
 from export.runtime import OnnxRecommender
 from export.server import Server
 from export.triton_client import recommend
@@ -277,43 +273,6 @@ def point_to(running, target):
     running.process.send_signal(signal.SIGHUP)
 
 
-def test_a_full_queue_is_told_before_a_request_is_read(bundles):
-    async def unread():
-        raise AssertionError("the body was read")
-
-    async def answer(path, is_full, method="POST"):
-        sent = []
-
-        async def send(message):
-            sent.append(message)
-
-        server = Server(bundles[0], ServeConfig())
-        served = server.now = await asyncio.to_thread(server.load)
-        served.batcher.num_waiting = served.batcher.max_queue if is_full else 0
-        scope = {
-            "type": "http", "path": path, "raw_path": path.encode(), "method": method, "headers": [], "root_path": "",
-            "query_string": b"", "http_version": "1.1", "scheme": "http", "server": ("localhost", 80),
-        }  # fmt: skip
-        await create_app(server)(scope, unread, send)
-        return sent[0]["status"], {name.decode(): value.decode() for name, value in sent[0]["headers"]}, served.hash
-
-    for path in ("/recommend", "/v2/models/recommend/infer", "/v2/models/recommend/versions/1/infer"):
-        status, headers, hash_ = asyncio.run(answer(path, True))
-        assert (status, headers["retry-after"], headers["x-bundle-hash"]) == (429, "1", hash_)
-        with pytest.raises(AssertionError, match="was read"):
-            asyncio.run(answer(path, False))
-    for path, method, expected in (("/v2/models/other/infer", "POST", 404), ("/v2/health/ready", "GET", 200)):
-        assert asyncio.run(answer(path, True, method))[0] == expected
-
-
-def test_the_threads_that_compute_yield_to_the_one_that_answers(bundles):
-    with Running(bundles[0], "--threads", "3") as server:  # nobody has asked yet: these are ONNX Runtime's own
-        threads = psutil.Process(server.process.pid).threads()
-        niceness = {one.id: os.getpriority(os.PRIO_PROCESS, one.id) for one in threads}
-        base = niceness.pop(server.process.pid)
-        assert list(niceness.values()).count(min(19, base + NICENESS)) >= 2
-
-
 def test_what_is_accepted_is_answered_before_the_end(bundles):
     ids = load_catalogue(bundles[0]).item_ids
     outcomes = []
@@ -387,23 +346,6 @@ def test_a_token_is_asked_for_but_not_by_health_checks(bundles, tmp_path):
     assert not any("s3cret" in line for line in server.lines)
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"port": 70000},
-        {"timeout_s": 0.0},
-        {"max_queue": 4, "max_batch": 8},
-        {"max_batch": 0},
-        {"watch_s": -1.0},
-        {"state_mb": -1.0},
-        {"state_mb": float("nan")},
-    ],
-)
-def test_settings_that_cannot_be_are_refused(wrong):
-    with pytest.raises(ConfigError):
-        ServeConfig(**wrong)
-
-
 def test_a_bundle_that_does_not_verify_is_not_served(bundles, tmp_path, caplog):
     broken = Path(shutil.copytree(bundles[0], tmp_path / "broken"))
     (broken / "model.onnx").write_bytes(b"broken")
@@ -414,6 +356,32 @@ def test_a_bundle_that_does_not_verify_is_not_served(bundles, tmp_path, caplog):
         assert asyncio.run(server.swap()) is False
     assert server.now is None
     assert "swap refused" in caplog.text
+
+
+def refusals(server):
+    return server.metrics.swaps.labels("refused")._value.get()
+
+
+def test_a_bundle_that_was_refused_is_looked_at_again_when_it_changes_or_is_asked_for(bundles, tmp_path, caplog):
+    folder = Path(shutil.copytree(bundles[0], tmp_path / "broken"))
+    good = (folder / "model.onnx").read_bytes()
+    (folder / "model.onnx").write_bytes(b"broken")
+    server = Server(folder, ServeConfig())
+    for again, count in ((False, 1), (False, 1), (True, 2), (False, 2)):
+        assert asyncio.run(server.swap(again=again)) is False
+        assert refusals(server) == count
+    (folder / "model.onnx").write_bytes(good)
+    assert asyncio.run(server.swap(again=False)) is True
+    assert server.now is not None
+    with caplog.at_level(logging.INFO):
+        assert asyncio.run(server.swap(again=False)) is False
+        assert caplog.text == ""
+        assert asyncio.run(server.swap()) is False
+    assert "no other bundle" in caplog.text
+    shutil.rmtree(folder)
+    for again, count in ((False, 3), (False, 3), (True, 4)):
+        assert asyncio.run(server.swap(again=again)) is False
+        assert refusals(server) == count
 
 
 def test_the_server_needs_no_pytorch():

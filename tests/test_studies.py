@@ -29,6 +29,24 @@ def study(monkeypatch):
     return importlib.import_module
 
 
+def test_a_seed_is_kept_as_a_whole_with_the_commit_and_machine_that_filled_it(study, tmp_path, monkeypatch):
+    kept, orthogonality = study("kept"), study("orthogonality")
+    monkeypatch.setattr(kept, "RESULTS", tmp_path)
+    monkeypatch.setattr(kept, "commit", lambda: "c0ffee")
+    rows = [f"{name}, {c}" for name in orthogonality.MODELS for c in ("fp32", *orthogonality.COMPRESSIONS)]
+    for seed, rank in ((0, 5), (1, 0), (0, 2)):  # the second time that seed 0 is filled it replaces the first
+        kept.keep("orthogonality", "toys", seed, {row: np.array([rank, -1, 99]) for row in rows})
+    kept.keep("orthogonality", "other", 0, {"one": np.array([1])})
+    assert kept.kept("orthogonality", "toys", 0)["CE, pruned, 8-bit"].tolist() == [2, -1, 99]
+    assert kept.kept("orthogonality", "toys", 2) == {}
+    seeds = kept.kept_seeds("orthogonality")
+    assert [(one["dataset"], one["seed"]) for one in seeds] == [("other", 0), ("toys", 0), ("toys", 1)]
+    assert {one["commit"] for one in seeds} == {"c0ffee"}
+    assert all(one["machine"]["versions"]["numpy"] == np.__version__ for one in seeds)
+    users = orthogonality.averaged([orthogonality.users_of("toys", seed) for seed in (0, 1)])
+    assert users["CE", "8-bit"].tolist() == [0.75, 0, 0]
+
+
 def test_a_change_that_student_and_teacher_share_is_no_interaction(study):
     orthogonality = study("orthogonality")
     generator = np.random.default_rng(0)

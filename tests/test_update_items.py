@@ -166,7 +166,12 @@ def test_a_thousand_random_updates_leave_what_a_dictionary_has(tiny_model, tmp_p
         ({"item": {"id": "x"}, "similar": ["1"]}, "the item is {'id': 'x'}"),
         ({"item": True, "similar": ["1"]}, "the item is True"),
         ({"item": "x", "titel": "Alien", "similar": ["1"]}, "the column 'titel' is unknown"),
-        ({"item": "x", "title": 7, "similar": ["1"]}, "its title 7; expected are an id and a text"),
+        ({"item": "x", "title": 7, "similar": ["1"]}, "its title 7; expected are an id on one line and a text"),
+        ({"item": "x", "title": "\ud800", "similar": ["1"]}, "expected are an id on one line and a text"),
+        ({"item": "x\ny", "similar": ["1"]}, "expected are an id on one line and a text"),
+        ({"item": "\x00", "similar": ["1"]}, "expected are an id on one line and a text"),
+        ({"item": " x", "similar": ["1"]}, "expected are an id on one line and a text"),
+        ({"item": "x", "vector": [float("nan")] * 8}, "vector is not finite"),
         ({"item": "x", "similar": "12"}, "similar is '12', expected is a list of ids"),
         ({"item": "x", "similar": [1, 2]}, "expected is a list of ids as text"),
         ({"item": "x", "vector": "0.1 0.2"}, "vector is '0.1 0.2'"),
@@ -207,10 +212,16 @@ def test_a_linear_head_needs_rows_and_a_tied_one_has_none(made, tmp_path):
         update_items(open_artifact(path), tmp_path / "out", items=file, retire=None)
 
 
-@pytest.mark.parametrize(("name", "content"), [("new.csv", b"item\nx"), ("new.parquet", b"no parquet")])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("new.csv", b"item\nx"), ("new.parquet", b"no parquet"), ("new.jsonl", b""), ("new.jsonl", b"[1]"),
+        ("new.jsonl", b"{item}"), ("new.jsonl", b'{"item": "\xff"}'), ("new.jsonl", b"[" * 100_000),
+    ],
+)  # fmt: skip
 def test_other_files_are_refused(made, tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=r"neither|cannot be read"):
+    with pytest.raises(DataError, match=r"neither|cannot be read|has no item|is no record"):
         update_items(open_artifact(made[1]), tmp_path / "out", items=tmp_path / name, retire=None)
 
 
@@ -236,12 +247,6 @@ def test_columns_that_come_late_in_a_file_are_read(made, tmp_path):
     first = load_catalogue(path).item_ids[0]
     rows = [{"item": f"n{number}", "similar": [first]} for number in range(80)]
     rows[-1]["title"] = "The last"
-    late = [{"item": f"x{number}", "similar": [first]} for number in range(120)]
-    lines = [*late, {"item": "late", "title": "Late", "similar": [first], "unknown": 1.5}]
-    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
-    from export.update import _rows
-
-    assert _rows(tmp_path / "long.jsonl")[-1]["title"] == "Late"
     update_items(open_artifact(path), tmp_path / "new", items=new_items(tmp_path / "n.jsonl", model, rows), retire=None)
     assert load_catalogue(tmp_path / "new").titles[-1] == "The last"
     histories, _ = stored_golden(tmp_path / "new")

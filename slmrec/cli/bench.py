@@ -192,15 +192,17 @@ def diff(old: Path, new: Path, as_json: bool, force: bool, device: str, seed: in
 
 
 def _read_report(path: Path) -> dict[str, Any]:
+    from slmrec.compare import require_figures
+
     file = path / "benchmark.json" if path.is_dir() else path
     try:
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ArtifactError(f"{file} is no benchmark: {error}", remedy="a folder of slmcompress benchmark") from None
-    fields = {"name", "accuracy", "ratios", "size_bytes"}
-    is_report = isinstance(found, dict) and {"rows", "baseline", "dataset", "schema"} <= found.keys()
-    if not is_report or not all(fields <= row.keys() and "speedup_batch_1" in row["ratios"] for row in found["rows"]):
-        raise ArtifactError(f"{file} is no benchmark", remedy="a folder of slmcompress benchmark")
+    try:
+        require_figures(found)
+    except (KeyError, IndexError, TypeError) as error:
+        raise ArtifactError(f"{file} is no benchmark: {error}", remedy="a folder of slmcompress benchmark") from None
     return found
 
 
@@ -243,7 +245,11 @@ def _measure(
     def peak(artifact: "Artifact") -> "Memory":
         return measure_memory(artifact.path, dataset.artifact.path, device=device)
 
-    entrants = [Entrant(name, artifact, load_recommender(artifact, device)) for name, artifact in opened.items()]
+    several = len(opened) > 1
+    entrants = [
+        Entrant(name, artifact, load_recommender(artifact, device, beside_others=several))
+        for name, artifact in opened.items()
+    ]
     return run_benchmark(entrants, dataset, config, baseline=baseline, memory=peak if memory else None, say=say)
 
 

@@ -196,13 +196,13 @@ class Search:
         return {name: timing.latency() for name, timing in timings.items()}
 
     def _load(self, graph: Artifact) -> Recommender:
-        return load_recommender(graph, self.device)
+        return load_recommender(graph, self.device, beside_others=True)
 
     def _key(self, *what: object) -> str:
         """Of a measurement: what was measured, on which users, how, and where."""
         machine = {name: value for name, value in describe_machine().items() if name in MACHINE}
         how = settings_of(self.config.timing) | {"constraints": None}
-        return canonical_hash([what, self.data.hash, how, machine, self.device])
+        return canonical_hash([what, self.data.hash, how, machine, self.device, "beside others"])
 
     def _keep(self, key: str, value: Any) -> None:
         self._records[key] = value

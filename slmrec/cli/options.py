@@ -122,6 +122,6 @@ def _read_config(context: click.Context, _: click.Parameter, path: Path | None) 
     if unknown:
         raise ConfigError(
             f"{path} sets {unknown[0]!r}, which is no flag of {context.info_name}",
-            remedy=f"one of {', '.join(sorted(name for name in names if len(name) > 1))}",
+            remedy=f"one of {', '.join(sorted(names))}",
         )
     context.default_map = {names[name.replace("_", "-")]: value for name, value in values.items()}
