@@ -40,7 +40,6 @@ class OnnxRecommender:
         provider: of ONNX Runtime; the one that must run.
         threads: of one request; default the cores that this process may use.
         cache: folder where optimised graphs are kept for the next start, such as `graph_cache.default_cache()`.
-        beside_others: whether the process asks other graphs or models too, see `sessions.session_options`.
 
     Raises:
         ArtifactError: the folder holds no graph that ONNX Runtime can load.
@@ -54,11 +53,9 @@ class OnnxRecommender:
         provider: str = "CPUExecutionProvider",
         threads: int | None = None,
         cache: Path | None = None,
-        beside_others: bool = False,
     ) -> None:
         self.folder, self.signature = folder, read_signature(folder)
         self._provider, self._threads, self._cache = provider, threads or usable_cores(), cache
-        self._beside_others = beside_others
         self.session = self.load(GRAPH_FILE)
         self._rerank: Any = None
         self._loading = threading.Lock()
@@ -176,9 +173,7 @@ class OnnxRecommender:
 
     def load(self, graph: str) -> Any:
         """An ONNX Runtime session of another graph of the folder."""
-        return open_session(
-            self.folder / graph, self._provider, self._threads, self._cache, beside_others=self._beside_others
-        )
+        return open_session(self.folder / graph, self._provider, self._threads, self._cache)
 
     def run(self, item_ids: np.ndarray, exclude_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The raw graph on padded ids, int64 [batch, n] both: items, int64, and scores, float32, [batch, top_k].

@@ -1,6 +1,5 @@
 """Sessions of ONNX Runtime: which providers load here, with what settings, and what a graph that cannot run says."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,27 +25,19 @@ def loadable_providers() -> list[str]:
     ]
 
 
-def session_options(threads: int, *, beside_others: bool = False) -> Any:
-    """Settings of every ONNX Runtime session here.
-
-    `beside_others` lets threads rest once a request is done. Else they spin a while, waiting for the next one: of a
-    single session requests that follow at once are the faster for it, of several in one process all are slowed down.
-    """
+def session_options(threads: int) -> Any:
+    """Settings of every ONNX Runtime session here."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    if beside_others:
-        options.add_session_config_entry("session.force_spinning_stop", "1")
     if not has_vnni():  # older instructions add pairs of 8-bit products in 16 bits, which can overflow
         options.add_session_config_entry("session.x64quantprecision", "1")
     return options
 
 
-def open_session(
-    graph: Path, provider: str, threads: int, cache: Path | None = None, *, beside_others: bool = False
-) -> Any:
+def open_session(graph: Path, provider: str, threads: int, cache: Path | None = None) -> Any:
     """An ONNX Runtime session that runs on the provider asked for, from the cache's optimised copy where one is given.
 
     Raises:
@@ -62,11 +53,12 @@ def open_session(
             f"{provider} was asked for; this ONNX Runtime has {', '.join(ort.get_available_providers())}",
             remedy="--device cpu, or pip install 'slmcompress[gpu]' (see slmcompress doctor)",
         )
-    options = partial(session_options, threads, beside_others=beside_others)
     if cache is None or provider != "CPUExecutionProvider":  # an optimised graph is one provider's
-        session = _loaded(graph, options(), provider)
+        session = _loaded(graph, session_options(threads), provider)
     else:
-        session = cached_session(graph, cache, options, lambda path, found: _loaded(path, found, provider))
+        session = cached_session(
+            graph, cache, lambda: session_options(threads), lambda path, options: _loaded(path, options, provider)
+        )
     if session.get_providers()[0] != provider:
         raise ConfigError(
             f"{provider} was asked for, but {session.get_providers()[0]} would run", remedy="slmcompress doctor"

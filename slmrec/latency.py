@@ -21,6 +21,11 @@ from slmrec.recommender import Histories, Recommender
 PERCENTILES = (50, 90, 95, 99)
 WARMUP_REQUESTS = 5
 MEMORY_TIMEOUT_S = 1800
+TURN = 10
+"""Single users that one artefact answers before it is the next one's turn."""
+REST_S = 0.1
+"""Before a turn: threads of ONNX Runtime and OpenMP spin for some ten milliseconds after a request, and would slow down
+whoever comes next."""
 
 Clock = Callable[[], float]
 
@@ -108,11 +113,13 @@ def measure_latency(
     config: BenchmarkConfig,
     *,
     clock: Clock = time.perf_counter,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> dict[str, Timing]:
-    """Time every recommender on the same requests in the same order: A B C, A B C, ...
+    """Time every recommender on the same requests in turn: ten single users each, then ten more; batches one by one.
 
     Requests are users drawn from `histories` with a seed, so their lengths are those of real traffic. Nothing but
-    `recommend` is inside the clock, and garbage is not collected meanwhile.
+    `recommend` is inside the clock, garbage is not collected meanwhile, and before each turn the threads of the one
+    before have come to rest.
     """
     k = min(config.top_k, *(recommender.max_top_k for recommender in recommenders.values()))
     if k < 1:
@@ -124,8 +131,8 @@ def measure_latency(
         for request in [longest, *singles[:WARMUP_REQUESTS], *(requests[0] for requests in batches.values())]:
             recommender.recommend(request, k)
     with _no_garbage_collection():
-        single_s = _interleaved(recommenders, singles, k, clock)
-        batch_s = {size: _interleaved(recommenders, requests, k, clock) for size, requests in batches.items()}
+        single_s = _Turns(TURN, clock, sleep).seconds(recommenders, singles, k)
+        batch_s = {size: _Turns(1, clock, sleep).seconds(recommenders, asked, k) for size, asked in batches.items()}
     return {
         name: Timing(single_s[name], {size: seconds[name] for size, seconds in batch_s.items()})
         for name in recommenders
@@ -200,16 +207,30 @@ def requests(histories: Histories, size: int, rounds: int, *, seed: int) -> list
     return [histories.select(row) for row in rows]
 
 
-def _interleaved(
-    recommenders: Mapping[str, Recommender], requests: list[Histories], k: int, clock: Clock
-) -> dict[str, np.ndarray]:
-    seconds = {name: np.empty(len(requests)) for name in recommenders}
-    for index, request in enumerate(requests):
-        for name, recommender in recommenders.items():
-            start = clock()
-            recommender.recommend(request, k)
-            seconds[name][index] = clock() - start
-    return seconds
+@dataclass(frozen=True)
+class _Turns:
+    """How artefacts take turns: a rest, one request untimed if `length` is above 1, then `length` that are timed."""
+
+    length: int
+    clock: Clock
+    sleep: Callable[[float], None]
+
+    def seconds(
+        self, recommenders: Mapping[str, Recommender], requests: list[Histories], k: int
+    ) -> dict[str, np.ndarray]:
+        """Seconds of each request by recommender."""
+        found = {name: np.empty(len(requests)) for name in recommenders}
+        for first in range(0, len(requests), self.length):
+            turn = range(first, min(first + self.length, len(requests)))
+            for name, recommender in recommenders.items():
+                self.sleep(REST_S)
+                if self.length > 1:
+                    recommender.recommend(requests[first], k)
+                for index in turn:
+                    start = self.clock()
+                    recommender.recommend(requests[index], k)
+                    found[name][index] = self.clock() - start
+        return found
 
 
 def _spread(ratios: np.ndarray) -> Spread:

@@ -13,7 +13,7 @@ from slmrec.catalogue import Catalogue
 from slmrec.cli.memory import peak_rss_bytes
 from slmrec.config import BenchmarkConfig, SasrecConfig, TrainConfig
 from slmrec.errors import CheckError
-from slmrec.latency import Timing, measure_latency, measure_memory, percentiles
+from slmrec.latency import REST_S, Timing, measure_latency, measure_memory, percentiles
 from slmrec.models.checkpoint import save_checkpoint
 from slmrec.models.sasrec import Sasrec
 from slmrec.ragged import Ragged
@@ -61,28 +61,37 @@ def measured(**settings: int | tuple[int, ...]) -> tuple[dict[str, Timing], list
         name: Worker(name, clock, cost, log) for name, cost in (("slow", 0.004), ("fast", 0.001), ("mid", 0.002))
     }
     config = BenchmarkConfig(**{"rounds": 20, "batch_sizes": (4,), "batch_rounds": 3} | settings)
-    return measure_latency(workers, histories(), config, clock=clock), log
+    return measure_latency(workers, histories(), config, clock=clock, sleep=lambda s: log.append(("rest", (s,)))), log
 
 
-def test_artefacts_take_turns_round_by_round_on_the_same_request() -> None:
-    _, log = measured()
-    timed = log[-(20 + 3) * 3 :]
-    for start in range(0, len(timed), 3):
-        names, requests = zip(*timed[start : start + 3], strict=True)
-        assert names == ("slow", "fast", "mid")
-        assert len(set(requests)) == 1
+def turns(log: list[tuple[str, tuple[int, ...]]]) -> list[list[tuple[str, tuple[int, ...]]]]:
+    """What was asked after each rest."""
+    rests = [place for place, (name, _) in enumerate(log) if name == "rest"]
+    return [log[start + 1 : stop] for start, stop in zip(rests, [*rests[1:], len(log)], strict=True)]
+
+
+def test_artefacts_take_turns_on_the_same_requests_each_after_a_rest() -> None:
+    _, log = measured(rounds=25)
+    found = turns(log)
+    assert [len(turn) for turn in found] == [11, 11, 11, 11, 11, 11, 6, 6, 6, *[1] * 9]
+    for start in range(0, len(found), 3):
+        slow, fast, mid = ([request for _, request in turn] for turn in found[start : start + 3])
+        assert slow == fast == mid
+        assert [{name for name, _ in turn} for turn in found[start : start + 3]] == [{"slow"}, {"fast"}, {"mid"}]
+    assert {request for name, request in log if name == "rest"} == {(REST_S,)}
 
 
 def test_warm_up_comes_first_and_is_not_timed() -> None:
     timings, log = measured()
-    assert len(log) > (20 + 3) * 3
-    assert (40,) in [request for _, request in log[:-69]], "the longest history is among the warm-up"
+    before = log[: log.index(("rest", (REST_S,)))]
+    assert ("mid", (40,)) in before, "the longest history is among the warm-up"
     assert len(timings["slow"].single_s) == 20
 
 
 def test_seconds_are_those_of_the_clock_and_lengths_those_of_the_histories() -> None:
     timings, log = measured(rounds=200)
-    lengths = np.array([request[0] for name, request in log[-(200 + 3) * 3 : -9] if name == "slow"])
+    asked = [request[0] for turn in turns(log) for name, request in turn[1:] if name == "slow"]
+    lengths = np.array(asked)
     np.testing.assert_allclose(timings["slow"].single_s, 0.004 * lengths)
     assert lengths.mean() == pytest.approx(20.5, abs=3), "lengths are drawn from real users, not the longest alone"
 

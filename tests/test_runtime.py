@@ -1,6 +1,5 @@
 """The runtime under threads and with input that nobody should send."""
 
-import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 
@@ -43,25 +42,6 @@ def test_eight_threads_get_what_one_gets(folder, kind):
         answers = pool.map(lambda row: recommender.recommend(Histories.of(Ragged.from_rows([row])), 5), requests)
         for answer, scores in zip(answers, expected, strict=True):
             np.testing.assert_allclose(answer.scores[0], scores, rtol=0, atol=2e-5 * np.abs(scores).max())
-
-
-def test_beside_others_threads_rest_when_a_request_is_done(tiny_model, tmp_path):
-    model = tiny_model(prompt="none", num_items=2000).eval()
-    export_model(model, tmp_path, ExportConfig(append=False))
-    histories = Histories.of(Ragged.from_rows([np.arange(1, 13)] * 64))
-
-    def seconds_after_requests(recommender):
-        spent = []
-        for _ in range(10):
-            recommender.recommend(histories, 10)
-            start = time.process_time()
-            time.sleep(0.02)
-            spent.append(time.process_time() - start)
-        return float(np.median(spent))
-
-    resting = seconds_after_requests(OnnxRecommender(tmp_path, threads=2, beside_others=True))
-    spinning = seconds_after_requests(OnnxRecommender(tmp_path, threads=2))
-    assert resting < 0.2 * spinning
 
 
 def answers_of_a_process(folder, rows):

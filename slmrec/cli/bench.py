@@ -245,11 +245,7 @@ def _measure(
     def peak(artifact: "Artifact") -> "Memory":
         return measure_memory(artifact.path, dataset.artifact.path, device=device)
 
-    several = len(opened) > 1
-    entrants = [
-        Entrant(name, artifact, load_recommender(artifact, device, beside_others=several))
-        for name, artifact in opened.items()
-    ]
+    entrants = [Entrant(name, artifact, load_recommender(artifact, device)) for name, artifact in opened.items()]
     return run_benchmark(entrants, dataset, config, baseline=baseline, memory=peak if memory else None, say=say)
 
 

@@ -18,7 +18,7 @@ from slmrec.dataset import Dataset
 from slmrec.errors import ArtifactError, CheckError, ConfigError
 from slmrec.evaluate import VALIDATION_PROTOCOL, Accuracy, evaluate
 from slmrec.gate import gate_of
-from slmrec.latency import measure_latency
+from slmrec.latency import REST_S, TURN, measure_latency
 from slmrec.machine import describe_machine
 from slmrec.models.checkpoint import build_model, quantized_layers, require_decoder
 from slmrec.recommender import Recommender
@@ -94,7 +94,7 @@ class Search:
             yield outcome
 
     def timed_in_turn(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
-        """All outcomes, the finalists' times measured in one run, request by request in turn."""
+        """All outcomes, the finalists' times measured in one run, in turn."""
         names = [outcome.candidate.name for outcome in finalists(outcomes, self.config.constraints)]
         if not names:
             return list(outcomes)
@@ -196,13 +196,13 @@ class Search:
         return {name: timing.latency() for name, timing in timings.items()}
 
     def _load(self, graph: Artifact) -> Recommender:
-        return load_recommender(graph, self.device, beside_others=True)
+        return load_recommender(graph, self.device)
 
     def _key(self, *what: object) -> str:
         """Of a measurement: what was measured, on which users, how, and where."""
         machine = {name: value for name, value in describe_machine().items() if name in MACHINE}
-        how = settings_of(self.config.timing) | {"constraints": None}
-        return canonical_hash([what, self.data.hash, how, machine, self.device, "beside others"])
+        how = settings_of(self.config.timing) | {"constraints": None, "turns": [TURN, REST_S]}
+        return canonical_hash([what, self.data.hash, how, machine, self.device])
 
     def _keep(self, key: str, value: Any) -> None:
         self._records[key] = value

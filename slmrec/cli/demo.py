@@ -172,9 +172,7 @@ def _benchmark(rows: "dict[str, Artifact]", data: "Dataset", config: BenchmarkCo
 
     require_report_folder(output)
     analyses = find_analyses(output.parent, rows)
-    entrants = [
-        Entrant(name, artifact, load_recommender(artifact, beside_others=True)) for name, artifact in rows.items()
-    ]
+    entrants = [Entrant(name, artifact, load_recommender(artifact)) for name, artifact in rows.items()]
     report = run_benchmark(
         entrants,
         data,

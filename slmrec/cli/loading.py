@@ -49,8 +49,8 @@ def choose_student(path: Path | None, *, wanted: Callable[[Artifact], bool] = la
     return choose(students[0].path, "", "slmcompress distill", "checkpoint")
 
 
-def load_recommender(artifact: Artifact, device: str = "auto", *, beside_others: bool = False) -> "Recommender":
-    """Any artefact that recommends, as what answers `recommend`; `beside_others` where several take turns."""
+def load_recommender(artifact: Artifact, device: str = "auto") -> "Recommender":
+    """Any artefact that recommends, as what answers `recommend`."""
     if artifact.kind == "checkpoint":
         from slmrec.models.checkpoint import load_checkpoint
 
@@ -65,7 +65,7 @@ def load_recommender(artifact: Artifact, device: str = "auto", *, beside_others:
         if artifact.kind == "engine":
             say(f"{artifact.path}: its ONNX graph answers, not its engine (--device cuda)")
 
-        return OnnxRecommender(artifact.path, provider=provider_of(device), beside_others=beside_others)
+        return OnnxRecommender(artifact.path, provider=provider_of(device))
     raise ArtifactError(
         f"{artifact.path} is a {artifact.kind}, which recommends nothing",
         remedy="a checkpoint, graph or bundle (-m/--model)",
