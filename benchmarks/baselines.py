@@ -151,8 +151,10 @@ def measured(model: str, data: Dataset, runs: Path, seed: int) -> dict[str, Any]
     """All settings of a model, and the test metrics of the one that is best on validation."""
     tried = []
     for number, settings in enumerate(GRIDS[model]):
-        output = runs / f"{model}-{seed}-{number}"
-        outcome = run({"model": model, "seed": seed} | settings, runs / "folder", output)
+        wanted = {"model": model, "seed": seed} | settings
+        made_of = canonical_hash([wanted, data.hash, file_sha256(PEER / "run.py"), RECBOLE])
+        output = runs / f"{model}-{seed}-{number}-{made_of[:12]}"
+        outcome = run(wanted, runs / "folder", output)
         tried.append((output, outcome, _estimates(accuracy(data, output, "validation"))))
     output, outcome, validation = max(tried, key=lambda one: one[2]["ndcg@10"])
     test = accuracy(data, output, "test")

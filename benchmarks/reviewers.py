@@ -1,11 +1,12 @@
-"""The questions of SLMRec's reviewers, asked of ML-100K (run `slmrec_table.py ml-100k` first; same --runs).
+"""The questions of SLMRec's reviewers, asked of ML-100K (what `slmrec_table.py ml-100k` left in --runs is used again).
 
     python benchmarks/reviewers.py --seeds 0,1,2
 
 likeness: how alike student and teacher are inside, distilled and not: cosine and linear CKA (Kornblith et al.,
-arXiv:1905.00414) of each block's features, and overlap of the top ten. untrained: a student of a teacher that never
-saw an interaction: is it knowledge of the task that is transferred? single: students of one layer. online: teacher
-and student trained together. Depths and early exits are in `depth_study.py`, prices in `slmcompress benchmark`.
+arXiv:1905.00414) of each block's features, and overlap of the top ten. untrained: a student that follows a teacher
+which never saw an interaction, beside one that starts from the same layers and follows nobody: is it knowledge of the
+task that is transferred? single: students of one layer. online: teacher and student trained together. Depths and early
+exits are in `depth_study.py`, prices in `slmcompress benchmark`.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from cells import cell, measured, summarize
 from recording import record
-from slmrec_table import NONE, prepared, recipes
+from slmrec_table import NONE, fill_students, fill_teacher, prepared, recipes
 
 from compress.blocks import block_ends, state_index
 from compress.distill import distill, distill_stage
@@ -31,7 +32,6 @@ from slmrec.metrics import overlap
 from slmrec.models.checkpoint import load_decoder, save_checkpoint
 from slmrec.models.decoder import DecoderModel
 from slmrec.sequences import test_cases
-from slmrec.train_items import train_items
 from slmrec.train_teacher import build_teacher
 
 BLOCKS = 4
@@ -41,7 +41,7 @@ def untrained_teacher(items: Artifact, data: Dataset, output: Path, seed: int) -
     """The teacher before its first step: pretrained layers, SASRec's table, an untrained head."""
     _, config, _ = recipes("ml-100k", seed)
     stage = Stage(
-        name="build-teacher", kind="checkpoint", settings=settings_of(config),
+        name="train-teacher", kind="checkpoint", settings=settings_of(config) | {"steps": 0},
         parents={"items": items, "data": data.artifact},
     )  # fmt: skip
     if not output.exists():
@@ -58,6 +58,7 @@ def variants(seed: int) -> dict[str, tuple[str, DistillConfig]]:
     one = {"num_layers": 1, "num_blocks": 1, "supervision_weight": 0.0}
     return {
         "untrained teacher": ("untrained", kept),
+        "CE, the same start": ("untrained", replace(kept, **NONE)),
         "1 layer, CE": ("teacher", replace(kept, **NONE | one)),
         "1 layer, SLMRec": ("teacher", replace(kept, **one)),
         "online, features": ("untrained", replace(base, online=OnlineConfig())),
@@ -118,10 +119,12 @@ def main() -> None:
     inside = []
     for seed in seeds:
         at = arguments.runs / f"seed-{seed}"
-        items, _ = train_items(data, at / "items", recipes("ml-100k", seed)[0])
-        untrained_teacher(items, data, at / "untrained", seed)
+        trained, found = fill_teacher("ml-100k", data, at, seed, ["teacher"])
+        assert trained is not None
+        found |= fill_students("ml-100k", data, trained, at, seed, ["CE", "SLMRec"])
         for row in ("teacher", "CE", "SLMRec"):
-            rows.setdefault(row, []).append(json.loads((at / "cells" / f"{row}.json").read_text(encoding="utf-8")))
+            rows.setdefault(row, []).append(found[row])
+        untrained_teacher(open_artifact(at / "items"), data, at / "untrained", seed)
         for row, (teacher, config) in variants(seed).items():
             parent = open_artifact(at / teacher)
             key = distill_stage(parent, data, config).key

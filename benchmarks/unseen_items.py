@@ -64,7 +64,8 @@ def known_data(data: Dataset, known: np.ndarray, runs: Path) -> Dataset:
     source = runs / "known.txt"
     source.write_text("".join(lines), encoding="utf-8")
     titles = runs / "titles.parquet"
-    data.items.to_frame().select("item_id", "title").write_parquet(titles)
+    described = ["item_id", "title", *(["categories"] if any(data.items.categories) else [])]
+    data.items.to_frame().select(described).write_parquet(titles)
     prepare_dataset([source], runs / "data-known", DataConfig(items_file=str(titles)))
     return load_dataset(runs / "data-known")
 

@@ -1,6 +1,7 @@
 """What a frozen teacher says at every target, computed once: distillation then costs the student alone."""
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -63,7 +64,7 @@ class StoreSpec:
     def key(self, teacher_hash: str, samples: Samples) -> str:
         """Changes with the teacher, with what is read from it, and with the positions it is read at."""
         positions = [samples.windows.values, samples.windows.offsets, samples.num_targets]
-        read_at = canonical_hash([part.tobytes().hex() for part in positions])
+        read_at = canonical_hash([hashlib.sha256(part.tobytes()).hexdigest() for part in positions])
         return canonical_hash({"teacher": teacher_hash, "samples": read_at, "spec": vars(self)})
 
 

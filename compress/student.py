@@ -32,6 +32,12 @@ def require_distillable(teacher: DecoderModel, config: DistillConfig) -> None:
             "multiple supervision compares with the item table, which a linear head does not have",
             remedy="--supervision-weight 0, or a teacher with --head tied",
         )
+    if config.hidden_size not in (None, teacher.hidden_size) and config.init != "random":
+        raise ConfigError(
+            f"layers of the teacher's width {teacher.hidden_size} cannot be copied to hidden_size={config.hidden_size} "
+            f"(init={config.init})",
+            remedy="--init random with --hidden-size",
+        )
     require_prefix_shareable(student_spec(teacher, config), config.train)
     if config.online is not None:
         require_prefix_shareable(online_teacher_spec(teacher, config), config.train)

@@ -94,11 +94,6 @@ class DistillConfig:
             "multiple supervision needs a block before the last, but num_blocks=1",
             "--num-blocks 2 or more, or --supervision-weight 0",
         )
-        require(
-            self.hidden_size is None or self.init == "random",
-            f"layers of another width than hidden_size={self.hidden_size} cannot be copied (init={self.init})",
-            "--init random with --hidden-size",
-        )
         self._check_online()
 
     def _check_online(self) -> None:

@@ -71,7 +71,7 @@ class TrainConfig:
             save_every_steps=1,
             accumulate=1,
             warmup_steps=0,
-            patience=0,
+            patience=1,
             weight_decay=0,
         )
         require_seed(self)

@@ -74,7 +74,9 @@ def resolve(config: ImportConfig, teacher: ForeignTeacher, convention: Conventio
         num_layers=config.num_layers or teacher.num_layers,
         lora_alpha=LORA_ALPHA if alpha is None else alpha,
         positions=config.positions or convention.positions,
-        window=config.window or WindowConfig(max_history=convention.max_history),
+        window=replace(
+            config.window or WindowConfig(max_history=convention.max_history), max_events=convention.max_events
+        ),
     )
 
 
@@ -83,6 +85,8 @@ def item_rows(
 ) -> Int64[np.ndarray, " items"]:
     """Row of the item table of each item 1..num_items of the dataset."""
     num_rows, first = len(teacher.table), convention.first_row
+    if convention.may_lack_padding and num_rows == data.num_items:
+        first = 0
     if config.items_file is not None:
         return rows_by_file(data.items, num_rows, first, Path(config.items_file))
     return rows_by_order(data.items, num_rows, first)

@@ -25,7 +25,7 @@ HOW_ACTIVATIONS = (
 
 GROUPS = {
     "lora_": "lora", "decoder.": "decoder", "item_table": "items", "item_proj": "items", "user_proj": "head",
-    "item_head": "head", "title_": "titles", "adapters": "adapters",
+    "item_head": "head", "title_": "titles", "adapters": "adapters", "projections": "projections",
 }  # fmt: skip
 """Part of a parameter's name -> the group it is counted in; the first that fits."""
 

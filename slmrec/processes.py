@@ -6,6 +6,7 @@ step (slmrec.train); everything that is written or printed once is the main proc
 
 import atexit
 import os
+import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -65,6 +66,7 @@ def connect(device: "torch.device") -> None:
 
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # each process loads the weights, then keeps its share
         PartialState(cpu=device.type == "cpu", timeout=WAIT_LIMIT)
+        atexit.unregister(_disconnect)
         atexit.register(_disconnect)
     elif _is_set("ACCELERATE_USE_CPU") and "MASTER_ADDR" in os.environ:
         raise ConfigError(
@@ -106,6 +108,22 @@ def sum_over_processes(values: "torch.Tensor") -> "torch.Tensor":
     return total
 
 
+def leave(code: int = 0) -> None:
+    """End a process that is connected to others, at once; comes back in a run of one.
+
+    Threads of the connection live as long as the last reference to it, which sharded weights keep; one that is still
+    busy while the interpreter goes down aborts the process. So nothing is taken down, but by the kernel.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return
+    if code == 0:
+        torch.distributed.barrier()  # nobody is still waiting for this process
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
+
+
 def leave_the_message_to_the_main_process() -> None:
     """Wait for the launcher to end this process; comes back where the main process did not fail as well."""
     try:
@@ -136,7 +154,7 @@ def _is_set(name: str) -> bool:
 
 
 def _disconnect() -> None:
-    """End the threads of the connection, which would abort a process that ends before them."""
+    """Close the connection of a process that does not `leave`, such as a script of somebody else's."""
     import torch.distributed
 
     if torch.distributed.is_initialized():

@@ -71,12 +71,14 @@ def main() -> None:
     stage, runs, folder, moment, count = sys.argv[1:]
     arrange(moment, int(count))
     from slmrec.cli.main import main as command
+    from slmrec.processes import leave
 
     backbone = ["--backbone", folder, "--num-layers", "2"] if stage == "train-teacher" else []
     student = ["--num-layers", "2", "--num-blocks", "2"] if stage == "distill" else []
     flags = ["--epochs", "2", "--save-every-steps", "3", "--batch-size", "64", "--precision", "fp32"]
     prompt = ["--prompt", "none"] if stage == "train-teacher" else []
     command([stage, *backbone, *student, *prompt, *flags, "--runs", runs], standalone_mode=False)
+    leave()
 
 
 if __name__ == "__main__":

@@ -54,6 +54,12 @@ def test_evaluate_reads_validation_on_request(runs: Path) -> None:
     assert "MRR@30" in result.stdout
 
 
+def test_evaluate_allows_repeats_of_what_can_repeat_alone(runs: Path) -> None:
+    with pytest.raises(ConfigError, match="never recommends an item of the past") as caught:
+        CliRunner().invoke(evaluate, ["--allow-repeats"], catch_exceptions=False)
+    assert "--keep-history" in str(caught.value)
+
+
 def test_evaluate_refuses_a_model_of_another_catalogue(runs: Path) -> None:
     artifact(runs / "stranger", items="other")
     result = invoke(evaluate, "-m", runs / "stranger")

@@ -36,14 +36,17 @@ def test_a_padded_batch_gives_what_each_user_alone_gives(tiny_model, family, pro
         torch.testing.assert_close(users[row], expected, atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("histories", [HISTORIES, torch.tensor([[3, 4, 5], [7, 1, 2]])], ids=["mixed", "one length"])
+@pytest.mark.parametrize("positions", ["compact", "padded"])
 @pytest.mark.parametrize("prompt", ["prefix", "slmrec"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_shared_instruction_changes_neither_states_nor_gradients(tiny_model, family, prompt):
-    shared = tiny_model(family=family, prompt=prompt).eval()
+def test_a_shared_instruction_changes_neither_states_nor_gradients(tiny_model, family, prompt, positions, histories):
+    shared = tiny_model(family=family, prompt=prompt, positions=positions).eval()
     alone = DecoderModel(dataclasses.replace(shared.spec, share_prefix=False)).eval()
     alone.load_state_dict(shared.state_dict())
     for model in (shared, alone):
-        torch.nn.functional.cross_entropy(model.score(HISTORIES), torch.tensor([5, 9])).backward()
+        torch.nn.functional.cross_entropy(model.score(histories), torch.tensor([5, 9])).backward()
+    torch.testing.assert_close(shared.score(histories), alone.score(histories), atol=2e-4, rtol=1e-4)
     for (name, value), other in zip(shared.named_parameters(), alone.parameters(), strict=True):
         if value.grad is not None:
             scale = value.grad.abs().max()

@@ -187,9 +187,10 @@ def test_the_item_table_may_lie_anywhere_in_three_formats(from_one, backbone, e4
     require_equal_scores(model, items, e4srec)
 
 
+@pytest.mark.parametrize("padding", [0, 1], ids=["every row an item", "a row of padding"])
 @pytest.mark.parametrize("is_adapter", [True, False], ids=["adapter and base folder", "whole decoder"])
 def test_a_hugging_face_decoder_with_an_item_table_reads_and_compares_items_as_they_are(
-    from_one, backbone, e4srec, tmp_path, is_adapter
+    from_one, backbone, e4srec, tmp_path, is_adapter, padding
 ):
     if is_adapter:
         e4srec.llama_model.save_pretrained(tmp_path / "in")
@@ -197,7 +198,7 @@ def test_a_hugging_face_decoder_with_an_item_table_reads_and_compares_items_as_t
     else:
         decoder = LlamaModel.from_pretrained(write_backbone(tmp_path / "in", seed=4))
     table = torch.randn(NUM_ITEMS + 1, HIDDEN, generator=torch.Generator().manual_seed(0)) / 5
-    np.save(tmp_path / "in" / "items.npy", table.numpy())
+    np.save(tmp_path / "in" / "items.npy", table[1 - padding :].numpy())
     model, items = import_as(from_one, tmp_path / "out", tmp_path / "in", backbone, "--prompt", "none")
     history = ["3", "9", "4"]
     states = table[[int(item) for item in history]][None]

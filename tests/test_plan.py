@@ -103,6 +103,8 @@ def test_a_distillation_is_planned_with_its_feature_store(runs):
     assert plan["parameters"]["adapters"] == 64 * ITEM_DIM
     assert plan["parameters"]["decoder"] == sum(v.numel() for v in teacher.decoder.layers[:2].parameters()) + 64
     assert "teacher's features" in text
+    narrow, _ = dry_run(runs, "distill", "--num-layers", 2, "--num-blocks", 2, "--hidden-size", 32, "--init", "random")
+    assert narrow["parameters"]["projections"] == 2 * 32 * 64
 
 
 SEQUENCES = Ragged.from_rows([np.arange(1, 12) + shift % 5 for shift in range(16)])

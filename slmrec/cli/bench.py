@@ -74,6 +74,10 @@ def evaluate(
     )
     cases, protocol = held_out_cases(dataset.sequences, split, allow_repeats=allow_repeats)
     recommender = load_recommender(artifact, device)
+    if allow_repeats and not getattr(recommender, "signature", {}).get("keep_history", False):
+        raise ConfigError(
+            f"{artifact.path} never recommends an item of the past", remedy="slmcompress export --keep-history -m it"
+        )
     with progress_bar("evaluate", len(cases)) as bar:
         accuracy = run(recommender, cases, protocol=protocol, batch_size=batch_size, progress=bar)
     print_result(accuracy.to_json(), f"{artifact.path}\n{accuracy.to_text()}", as_json=as_json)

@@ -4,12 +4,13 @@ import errno
 import importlib.util
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import click
 
 from slmrec.cli import artifacts, bench, data, demo, distilling, doctor, importing, serving, shrinking, train, tuning
 from slmrec.errors import ConfigError, SlmrecError
-from slmrec.processes import leave_the_message_to_the_main_process, process_count
+from slmrec.processes import leave, leave_the_message_to_the_main_process, process_count
 
 MACHINE_FAULTS = {
     errno.ENOSPC: "free some disk space, or another --output or --runs",
@@ -61,6 +62,11 @@ for command in (
     main.add_command(command)
 
 
+def _end(code: int) -> NoReturn:
+    leave(code)
+    sys.exit(code)
+
+
 def run() -> None:
     """The console script: errors a user can act on end with their message and exit code 2, Ctrl-C with 130.
 
@@ -69,20 +75,21 @@ def run() -> None:
     try:
         _require_own_siblings()
         main(standalone_mode=False)
+        leave()
     except click.exceptions.Abort:
         click.echo("interrupted; nothing is lost, the same command goes on", err=True)
-        sys.exit(130)
+        _end(130)
     except KeyboardInterrupt:
         click.echo("interrupted; nothing is lost, the same command goes on", err=True)
-        sys.exit(130)
+        _end(130)
     except click.ClickException as error:
         leave_the_message_to_the_main_process()
         error.show()
-        sys.exit(error.exit_code)
+        _end(error.exit_code)
     except SlmrecError as error:
         leave_the_message_to_the_main_process()
         click.echo(f"Error: {error}", err=True)
-        sys.exit(2)
+        _end(2)
     except OSError as error:
         remedy = MACHINE_FAULTS.get(error.errno or 0)
         if remedy is None:
@@ -90,7 +97,7 @@ def run() -> None:
         leave_the_message_to_the_main_process()
         where = error.filename2 or error.filename or "while writing"
         click.echo(f"Error: {error.strerror}: {where}\nTry: {remedy}", err=True)
-        sys.exit(2)
+        _end(2)
 
 
 def _require_own_siblings() -> None:

@@ -21,11 +21,15 @@ class Convention:
     max_history: int
     supervision: str
     """What it was trained on, and what its students are."""
+    max_events: int | None = None
+    """Newest events of a user that were targets; None = all."""
+    may_lack_padding: bool = False
+    """Whether a table of as many rows as there are items has no row of padding."""
 
 
 E4SREC = Convention(
     name="E4SRec", head="linear", first_row=1, masks_first_row=False, positions="compact", max_history=50,
-    supervision="prefixes",
+    supervision="prefixes", max_events=51,
 )  # fmt: skip
 """`score` [num_items + 1, hidden] gives the scores; row 0 of it and of the item table is padding."""
 
@@ -35,7 +39,7 @@ SLMREC = Convention(
 )  # fmt: skip
 """`score` [dim, hidden] projects the user vector, which is compared with the item table; every row is an item."""
 
-HEADLESS = replace(E4SREC, name="headless", head="tied")
+HEADLESS = replace(E4SREC, name="headless", head="tied", may_lack_padding=True)
 """A decoder and an item table as wide as its states: items are read, and compared with the user vector, as they are."""
 
 

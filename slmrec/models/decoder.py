@@ -156,6 +156,7 @@ class DecoderModel(nn.Module):
         attended = attended_items(item_ids, layout)
         real = torch.cat([attended, attended.new_ones(batch, layout.suffix_length)], dim=1)
         cache = self._shared_prefix(batch) if self.spec.shares_prefix else None
+        jumps = cache is None and layout.prefix_length > 0 and layout.positions == "padded"
         if layout.prefix_length:
             real = torch.cat([real.new_ones(batch, layout.prefix_length), real], dim=1)
             if cache is None:
@@ -164,7 +165,8 @@ class DecoderModel(nn.Module):
                 positions = torch.cat([own, positions], dim=1)
         states = self.decoder(
             inputs_embeds=vectors,
-            attention_mask=None if bool(real.all()) else real.long(),
+            # without a mask transformers takes a jump in the positions for the start of another sequence
+            attention_mask=None if bool(real.all()) and not jumps else real.long(),
             position_ids=positions,
             past_key_values=cache,
             use_cache=cache is not None,
