@@ -104,19 +104,20 @@ def averaged(by_seed: Sequence[Users]) -> Users:
     return {name: np.mean([users[name] for users in by_seed], axis=0) for name in by_seed[0]}
 
 
+def columns(users: Users, student: str, compression: str) -> np.ndarray:
+    """NDCG@10 of student and teacher, each after the compression and before it, [users, 4]."""
+    pairs = [(name, kind) for name in (student, "teacher") for kind in (compression, "fp32")]
+    return np.stack([users[pair] for pair in pairs], axis=1)
+
+
+def contrast(means: np.ndarray) -> np.ndarray:
+    """What the compression changes of the student, relative to what it was, minus the same of the teacher."""
+    return np.asarray(means[..., 0] / means[..., 1] - means[..., 2] / means[..., 3])
+
+
 def interaction(users: Users, student: str, compression: str) -> dict[str, Any]:
     """Relative change of the student minus that of the teacher, with interval and verdict."""
-    columns = [
-        users[student, compression],
-        users[student, "fp32"],
-        users["teacher", compression],
-        users["teacher", "fp32"],
-    ]
-    values = np.stack(columns, axis=1)
-
-    def contrast(means: np.ndarray) -> np.ndarray:
-        return means[..., 0] / means[..., 1] - means[..., 2] / means[..., 3]
-
+    values = columns(users, student, compression)
     low, high = np.quantile(contrast(bootstrap_means(values, seed=0, resamples=4000)), [0.025, 0.975]).tolist()
     estimate = float(contrast(values.mean(axis=0)))
     return {
@@ -136,24 +137,49 @@ def verdict(low: float, high: float) -> str:
     return "undecided" if low <= 0 <= high else "not orthogonal"
 
 
+def by_seed(per_seed: Sequence[Users], student: str, compression: str, room: float) -> dict[str, Any]:
+    """The interaction of each seed, their standard error, and seeds at which two of these would be within `room`."""
+    estimates = [float(contrast(columns(users, student, compression).mean(axis=0))) for users in per_seed]
+    if len(estimates) < 2:
+        return {"by_seed": estimates, "seed_error": None, "seeds_to_decide": None}
+    spread = float(np.std(estimates, ddof=1))
+    return {
+        "by_seed": estimates,
+        "seed_error": spread / len(estimates) ** 0.5,
+        "seeds_to_decide": max(2, int(np.ceil((2 * spread / room) ** 2))),
+    }
+
+
+def room_of(estimate: float) -> float:
+    """Half of an interval around the estimate that lies within the margin, or excludes 0."""
+    return max(MARGIN - abs(estimate), abs(estimate))
+
+
 def users_to_decide(estimate: float, low: float, high: float, num_users: int) -> int | None:
     """Users at which an interval around the same estimate would lie within the margin, or exclude 0."""
-    half, room = (high - low) / 2, max(MARGIN - abs(estimate), abs(estimate))
+    half, room = (high - low) / 2, room_of(estimate)
     return None if verdict(low, high) != "undecided" else int(np.ceil(num_users * (half / room) ** 2))
 
 
-def table(users: Users, by_seed: Sequence[Users]) -> list[dict[str, Any]]:
+def table(users: Users, per_seed: Sequence[Users]) -> list[dict[str, Any]]:
     """NDCG@10 of every combination, mean over seeds, and relative to the same model in fp32."""
     lines = []
     for name in MODELS:
         for compression in ("fp32", *COMPRESSIONS):
             mean, plain = users[name, compression].mean(), users[name, "fp32"].mean()
-            seeds = [float(one[name, compression].mean()) for one in by_seed]
+            seeds = [float(one[name, compression].mean()) for one in per_seed]
             lines.append(
                 {"model": name, "compression": compression, "ndcg@10": float(mean), "by_seed": seeds,
                  "change": float(mean / plain - 1)}
             )  # fmt: skip
     return lines
+
+
+def recorded() -> dict[str, Any]:
+    """Data sets of the record as it is; those with seeds that are kept are made anew."""
+    path = RESULTS / "orthogonality.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["result"]["datasets"] if path.exists() else {}
+    return found
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
@@ -186,15 +212,19 @@ def main() -> None:
         for seed in map(int, arguments.seeds.split(",")):
             keep("orthogonality", runs.name.removeprefix("table-"), seed, measure(runs, data, seed))
     filled = kept_seeds("orthogonality")
-    results = {}
+    results = recorded()
     for name in sorted({one["dataset"] for one in filled}, reverse=True):
-        by_seed = [users_of(name, one["seed"]) for one in filled if one["dataset"] == name]
-        users = averaged(by_seed)
+        per_seed = [users_of(name, one["seed"]) for one in filled if one["dataset"] == name]
+        users, found = averaged(per_seed), []
+        for student in ("SLMRec", "CE"):
+            for compression in COMPRESSIONS:
+                one = interaction(users, student, compression)
+                found.append(one | by_seed(per_seed, student, compression, room_of(one["estimate"])))
         results[name] = {
             "num_users": len(users["teacher", "fp32"]),
             "filled": [one for one in filled if one["dataset"] == name],
-            "table": table(users, by_seed),
-            "interactions": [interaction(users, s, c) for s in ("SLMRec", "CE") for c in COMPRESSIONS],
+            "table": table(users, per_seed),
+            "interactions": found,
         }
     record("orthogonality", {"margin": MARGIN, "datasets": results})
     draw(results, RESULTS / "orthogonality")

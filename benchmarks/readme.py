@@ -127,7 +127,10 @@ def slmrec(entry: dict[str, Any]) -> str:
 def orthogonality(entry: dict[str, Any]) -> str:
     """What 8 bits and a layer less change, and whether they change it differently for a student."""
     rows = ["| data | model | fp32 | 8-bit | one layer less, healed | both |", "|---|---|---|---|---|---|"]
-    found = ["| data | student | compression | interaction, % (95 % interval) | verdict |", "|---|---|---|---|---|"]
+    found = [
+        "| data | student | compression | interaction, % (95 % interval over users) | by seed | verdict |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, result in entry["result"]["datasets"].items():
         by_model: dict[str, list[str]] = {}
         for line in result["table"]:
@@ -136,10 +139,12 @@ def orthogonality(entry: dict[str, Any]) -> str:
         rows += [f"| {name} | {model} | " + " | ".join(cells) + " |" for model, cells in by_model.items()]
         for one in result["interactions"]:
             low, high = (100 * end for end in one["interval"])
-            needed = f" (about {one['users_to_decide']} users would decide)" if one["users_to_decide"] else ""
+            seeds = f", {one['seeds_to_decide']} seeds" if one.get("seeds_to_decide") else ""
+            needed = f" (about {one['users_to_decide']} users{seeds} would decide)" if one["users_to_decide"] else ""
+            each = ", ".join(f"{100 * estimate:+.1f}" for estimate in one.get("by_seed", []))
             found.append(
                 f"| {name} | {one['student']} | {one['compression']} | {100 * one['estimate']:+.1f} "
-                f"({low:+.1f} to {high:+.1f}) | {one['verdict']}{needed} |"
+                f"({low:+.1f} to {high:+.1f}) | {each} | {one['verdict']}{needed} |"
             )
     return "\n".join([*rows, "", *found])
 

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from slmrec.errors import CheckError
 from slmrec.models.decoder import DecoderModel
 from slmrec.models.ranking import TorchRecommender
 from slmrec.progress import progress_bar
@@ -176,6 +177,20 @@ def calibrate(model: DecoderModel, histories: Histories, *, seed: int = 0) -> di
         hook.remove()
     model.spec = spec
     return {name: collector.found for name, collector in collectors.items()}
+
+
+def require_hits(ndcg: float, num_users: int) -> float:
+    """NDCG@10 of the whole model, of which the loss without a part is a share.
+
+    Raises:
+        CheckError: it is 0.
+    """
+    if ndcg > 0:
+        return ndcg
+    raise CheckError(
+        f"none of {num_users} validation users finds his item among the first ten, so nothing can be lost",
+        remedy="a model that has learned something, or more users",
+    )
 
 
 def some_cases(cases: Cases, count: int, seed: int) -> Cases:

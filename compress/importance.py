@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from compress.calibrate import some_cases
+from compress.calibrate import require_hits, some_cases
 from compress.int8 import load_full_precision
 from compress.plots import heatmap
 from slmrec.artifact import Artifact, is_up_to_date, open_artifact, publish, write_json
@@ -140,12 +140,12 @@ def user_states(model: DecoderModel, item_ids: Tensor) -> list[Float[Tensor, "ba
 def damages(model: DecoderModel, cases: Cases, stretches: Sequence[Sequence[int]], device: str) -> list[float]:
     """Share of NDCG@10 that is lost without each of the named sets of layers."""
     with progress_bar("importance", len(stretches) + 1) as bar:
-        whole = validation_ndcg(TorchRecommender(model, device), cases)
+        whole = require_hits(validation_ndcg(TorchRecommender(model, device), cases), len(cases))
         bar(1)
         losses = []
         for dropped in stretches:
             rest = keep_layers(model, [layer for layer in range(model.num_layers) if layer not in dropped])
-            losses.append(1 - validation_ndcg(TorchRecommender(rest, device), cases) / max(whole, 1e-12))
+            losses.append(1 - validation_ndcg(TorchRecommender(rest, device), cases) / whole)
             bar(1)
     return losses
 

@@ -13,7 +13,7 @@ from compress.smooth import Migration, migrate
 from slmrec.artifact import Artifact
 from slmrec.compress_config import CalibrationConfig
 from slmrec.errors import ConfigError
-from slmrec.models.checkpoint import linear_at, load_decoder, quantized_layers, replace_linear
+from slmrec.models.checkpoint import linear_at, load_decoder, quantized_layers, replace_linear, require_finite
 from slmrec.models.decoder import DecoderModel
 from slmrec.models.layers import Int8Linear
 from slmrec.models.llm_int8 import is_llm_int8
@@ -45,6 +45,7 @@ def load_full_precision(parent: Artifact) -> DecoderModel:
     model = load_decoder(parent)
     if quantized_layers(model):
         raise ConfigError(f"{parent.path} is an 8-bit checkpoint already", remedy="its fp32 parent (-m/--model)")
+    require_finite(model)
     return model
 
 

@@ -22,7 +22,7 @@ from slmrec.config import settings_of
 from slmrec.dataset import Dataset, stage_on
 from slmrec.errors import ConfigError
 from slmrec.locks import one_run_at_a_time
-from slmrec.models.checkpoint import load_decoder, quantized_layers, save_checkpoint
+from slmrec.models.checkpoint import load_decoder, quantized_layers, require_finite, save_checkpoint
 from slmrec.models.decoder import DecoderModel
 from slmrec.models.ranking import resolve_device
 from slmrec.sequences import Cases, validation_cases
@@ -80,6 +80,7 @@ def prune(
     if is_up_to_date(output, stage, force=force):
         return open_artifact(output), True
     whole = load_decoder(parent).eval()
+    require_finite(whole)
     require_prunable(whole, config, parent)
     setting = Setting(parent, whole, data, config, device, output, stage.key)
     pruned = _all_turns(setting)

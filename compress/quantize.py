@@ -1,6 +1,7 @@
 """quantize: int8 weights per output channel, int8 activations per token, behind an accuracy gate."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def quantize(
     """
     settings = settings_of(config)
     if config.backend != "neutral":
-        del settings["calibration"]
+        settings["calibration"] = {"seed": config.calibration.seed}  # which users layers are judged by
     stage = stage_on(data, parent, "quantize", "checkpoint", settings)
     if is_up_to_date(output, stage, force=force):
         return open_artifact(output), True
@@ -63,6 +64,26 @@ def read_gate(artifact: Artifact) -> tuple[dict[str, Any], str]:
     return record, Gate(**fields).to_text() + kept
 
 
+def fewest(holds: Callable[[int], bool], most: int) -> int | None:
+    """Smallest count from 1 to `most` that holds, if more of what holds holds too: doubled until it does, then halved.
+
+    >>> fewest(lambda count: count >= 5, 13), fewest(lambda count: False, 13), fewest(lambda count: True, 0)
+    (5, None, None)
+    """
+    failed, count = 0, min(1, most)
+    while count > failed and not holds(count):
+        failed, count = count, min(2 * count, most)
+    if count == failed:
+        return None
+    while count - failed > 1:
+        middle = (failed + count) // 2
+        if holds(middle):
+            count = middle
+        else:
+            failed = middle
+    return count
+
+
 def _search(model: DecoderModel, cases: Cases, config: QuantizeConfig, device: str) -> tuple[DecoderModel, Gate]:
     """Quantize all but `keep_fp`; with `auto_keep`, keep ever more of the most sensitive layers."""
     make = llm_int8 if config.backend == "bitsandbytes" else Int8Linear.from_linear
@@ -74,16 +95,21 @@ def _search(model: DecoderModel, cases: Cases, config: QuantizeConfig, device: s
     some = some_cases(cases, GATE_USERS_FOR_LAYERS, config.calibration.seed)
     open_to_choice = [name for name in decoder_linears(model) if name not in decoder_linears(quantized)]
     worst_first = [one.layer for one in sensitivity(model.cpu(), some, device, open_to_choice, make)]
-    kept = 1
-    while config.auto_keep and kept < len(worst_first):
-        quantized = quantize_model(model, [*config.keep_fp, *worst_first[:kept]], make)
-        gate = gate_of(before, accuracy_of(quantized, cases, device), config.accuracy_gate)
-        if gate.passed:
-            return quantized, gate
-        kept *= 2
-    tried = f" (even with {kept // 2} layers in fp32)" if config.auto_keep else ""
+    most = len(worst_first) - 1 if config.auto_keep else 0
+    tried: dict[int, tuple[DecoderModel, Gate]] = {}
+
+    def holds(count: int) -> bool:
+        smaller = quantize_model(model, [*config.keep_fp, *worst_first[:count]], make)
+        tried[count] = smaller, gate_of(before, accuracy_of(smaller, cases, device), config.accuracy_gate)
+        return tried[count][1].passed
+
+    kept = fewest(holds, most)
+    if kept is not None:
+        return tried[kept]
+    gate = tried[most][1] if most else gate
+    even = f" (even with {most} of {most + 1} layers in fp32)" if most else ""
     raise CheckError(
-        f"8 bits cost too much{tried}: {gate.to_text()}. Most sensitive layers: {', '.join(worst_first[:3])}",
+        f"8 bits cost too much{even}: {gate.to_text()}. Most sensitive layers: {', '.join(worst_first[:3])}",
         remedy="a lower --accuracy-gate" if config.auto_keep
         else f"--auto-keep, --keep-fp {worst_first[0]}, or a lower --accuracy-gate",
     )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from compress.calibrate import some_cases
+from compress.calibrate import require_hits, some_cases
 from compress.int8 import decoder_linears, load_full_precision, prepare, quantize_model
 from compress.plots import bars
 from slmrec.artifact import Artifact, is_up_to_date, open_artifact, publish, write_json
@@ -90,11 +90,12 @@ def sensitivity(
     layers = every if layers is None else layers
     with progress_bar("sensitivity", len(layers) + 1) as bar:
         before = accuracy_of(model, cases, device)
+        whole = require_hits(before.metrics["ndcg@10"].estimate, len(cases))
         bar(1)
         for layer in layers:
             alone = quantize_model(model, [name for name in every if name != layer], make)
             after = accuracy_of(alone, cases, device)
-            ratio = after.metrics["ndcg@10"].estimate / max(before.metrics["ndcg@10"].estimate, 1e-12)
+            ratio = after.metrics["ndcg@10"].estimate / whole
             changed = 1 - float(overlap(after.top_10, before.top_10).mean())
             found.append(Sensitivity(layer=layer, ndcg_loss=1 - ratio, overlap_loss=changed))
             bar(1)

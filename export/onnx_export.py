@@ -12,7 +12,7 @@ from export.parity import PARITY_FILE, check_other_graphs, check_parity, some_hi
 from export.runtime import APPEND_FILE, GRAPH_FILE, RERANK_FILE, SIGNATURE_FILE, TUNE_FILE, OnnxRecommender
 from export.signature import signature
 from export.tune import tune
-from export.weights import require_finite, serving_weights
+from export.weights import serving_weights
 from export.writer import save_graphs
 from slmrec.artifact import Artifact, is_up_to_date, open_artifact, publish, write_json
 from slmrec.config import ExportConfig, settings_of
@@ -20,7 +20,7 @@ from slmrec.dataset import Dataset, stage_on
 from slmrec.engine_config import EngineConfig
 from slmrec.errors import ConfigError
 from slmrec.locks import one_run_at_a_time
-from slmrec.models.checkpoint import load_decoder, with_neutral_layers
+from slmrec.models.checkpoint import load_decoder, require_finite, with_neutral_layers
 from slmrec.models.decoder import DecoderModel
 from slmrec.models.ranking import TorchRecommender
 

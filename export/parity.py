@@ -13,7 +13,7 @@ from slmrec.errors import CheckError
 from slmrec.metrics import ndcg, overlap, ranks_of_targets
 from slmrec.ragged import Ragged
 from slmrec.recommender import PAD, Histories, Recommender, TopK
-from slmrec.sequences import test_cases
+from slmrec.sequences import test_cases, validation_cases
 
 PARITY_FILE = "parity.json"
 MAX_USERS = 2048
@@ -53,7 +53,7 @@ class Parity:
 
 
 def check_parity(expected: Recommender, actual: Any, sequences: Ragged) -> Parity:
-    """Compare answers on real histories of every length, in batches and alone.
+    """Compare answers on validation users, whose histories have every length, in batches and alone.
 
     Args:
         expected: the recommender the graph was made from.
@@ -63,7 +63,7 @@ def check_parity(expected: Recommender, actual: Any, sequences: Ragged) -> Parit
     Raises:
         CheckError: they differ by more than the rule allows, or a user's list depends on who shares the batch.
     """
-    cases = test_cases(sequences)
+    cases = validation_cases(sequences)
     if len(cases) > MAX_USERS:
         by_length = np.argsort(cases.histories.item_ids.lengths, kind="stable")
         cases = cases.select(by_length[np.linspace(0, len(cases) - 1, MAX_USERS).astype(np.int64)])

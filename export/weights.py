@@ -11,7 +11,7 @@ from jaxtyping import Float32, Int8
 from torch import Tensor, nn
 
 from export.items import ROW_STEP, ItemWeights
-from slmrec.errors import CheckError, ConfigError
+from slmrec.errors import ConfigError
 from slmrec.models.decoder import DecoderModel
 from slmrec.models.layers import Int8Linear, Int8WeightLinear
 from slmrec.models.prompt import Layout
@@ -147,13 +147,6 @@ def serving_weights(
         cos=_array(cos[0, :, :half]),
         sin=_array(sin[0, :, :half]),
     )
-
-
-def require_finite(model: DecoderModel) -> None:
-    """Refuse weights that are not finite: 8-bit rounding would make numbers, and lists, of them."""
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise CheckError(f"{name} is not finite (NaN or infinite)", remedy="make the checkpoint again")
 
 
 def require_silu(config: Any) -> None:

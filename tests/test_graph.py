@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnx import TensorProto
 
 from compress.int8 import quantize_model
 from export.decoder import Serving
@@ -13,6 +14,7 @@ from export.graph import recommend_graph
 from export.onnx_export import export_model
 from export.parity import ParityRule, compare, score_gaps
 from export.runtime import OnnxRecommender
+from export.sessions import session_options
 from export.top_k import top_k as graph_top_k
 from export.weights import serving_weights
 from export.writer import GraphWriter, save_graphs
@@ -185,6 +187,18 @@ def test_a_raw_graph_takes_no_users_and_no_history(pair):
     )
     assert items.shape == (2, 20)
     assert np.isfinite(scores).all()
+
+
+def test_sums_of_the_largest_8_bit_products_do_not_overflow():
+    """Without VNNI pairs of products are added in 16 bits, unless the session is told better."""
+    graph = GraphWriter(opset=20)
+    left = graph.op("Cast", graph.input("left", "int64", ["rows", 64]), to=TensorProto.UINT8)
+    right, zero = np.full((64, 8), 127, dtype=np.int8), np.array(128, dtype=np.uint8)
+    sums = graph.op("Cast", graph.op("MatMulInteger", left, right, zero), to=TensorProto.INT64)
+    graph.output(sums, "sums", "int64", ["rows", 8])
+    session = ort.InferenceSession(graph.model().SerializeToString(), session_options(1))
+    [sums] = session.run(None, {"left": np.full((3, 64), 255)})
+    assert (sums == 64 * 127 * 127).all()
 
 
 def test_without_vnni_8_bit_products_are_computed_without_overflow(tiny_model, tmp_path, monkeypatch):

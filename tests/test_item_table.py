@@ -10,12 +10,13 @@ from export.item_head import Head, certified_items, exact_items
 from export.items import Int8Items, ItemWeights
 from export.onnx_export import export_model
 from export.runtime import OnnxRecommender
+from export.sessions import session_options
 from export.writer import GraphWriter
 from slmrec.config import ExportConfig
 from slmrec.ragged import Ragged
 from slmrec.recommender import Histories
 
-KINDS = ("random", "near duplicates", "one large entry", "constant rows", "biases")
+KINDS = ("random", "near duplicates", "one large entry", "constant rows", "biases", "users of one large entry")
 
 
 def items_and_users(kind, rows=128 * 60):
@@ -30,6 +31,10 @@ def items_and_users(kind, rows=128 * 60):
     if kind == "constant rows":  # rounding of long sums all in one direction, and scores that almost tie
         table = np.repeat(1 + 1e-4 * generator.normal(size=(rows, 1)), 512, axis=1)
         users = np.repeat(1 + generator.random((40, 1)), 512, axis=1)
+    if kind == "users of one large entry":  # alike for all items, it rounds away what decides; the items round exactly
+        users[:, 0] *= 1000
+        table = generator.integers(-127, 128, table.shape).astype(float)
+        table[:, 0] = 127
     if kind == "biases":
         offsets = 3 * generator.normal(size=rows)
     offsets[0], offsets[-50:] = -np.inf, -np.inf
@@ -50,7 +55,7 @@ def answers(weights, k, way):
         found, (("scores", "float32"), ("items", "int64"), ("certified", "bool")), strict=False
     ):
         graph.output(value, name, kind, ["batch", "k"] if name != "certified" else ["batch"])
-    session = ort.InferenceSession(graph.model().SerializeToString())
+    session = ort.InferenceSession(graph.model().SerializeToString(), session_options(2))
     return lambda users, masked: session.run(None, {"users": users, "masked": masked})
 
 

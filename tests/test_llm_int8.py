@@ -19,7 +19,7 @@ from slmrec.interactions import prepare_dataset
 from slmrec.metrics import overlap
 from slmrec.models.checkpoint import load_decoder, quantized_layers, save_checkpoint, with_neutral_layers
 from slmrec.models.layers import Int8Linear
-from slmrec.models.llm_int8 import dequantizing, is_llm_int8, llm_int8
+from slmrec.models.llm_int8 import dequantizing, is_llm_int8, llm_int8, move
 from slmrec.models.ranking import TorchRecommender
 from slmrec.sequences import test_cases as held_out
 from slmrec.synthetic import write_log
@@ -40,6 +40,18 @@ def saved(model, data, output):
         save_checkpoint(folder, model)
         data.items.save(folder)
     return open_artifact(output)
+
+
+def test_what_a_layer_keeps_beside_its_parameters_moves_with_it():
+    layer = llm_int8(torch.nn.Linear(16, 8))
+    model, inputs, found = torch.nn.Sequential(layer), torch.randn(3, 16), []
+    for holder in (layer.weight, layer.state):  # before the first call, and after it
+        assert holder.CB is not None
+        holder.CB = holder.CB.clone()  # as if it were still where the model came from
+        move(model, "cpu")
+        assert holder.CB.data_ptr() == layer.weight.data_ptr()
+        found.append(model(inputs))
+    assert torch.equal(*found)
 
 
 def test_an_llm_int8_layer_is_the_definition_written_out():

@@ -12,19 +12,20 @@ import compress.prune
 from compress.calibrate import calibrate
 from compress.importance import damages, keep_layers, user_states, user_vector_changes, write_importance
 from compress.prune import Setting, choose_layers, depths, prune, require_prunable
+from compress.sensitivity import sensitivity
 from compress.width import cut_width
 from slmrec.artifact import open_artifact
 from slmrec.compress_config import ImportanceConfig, PruneConfig
 from slmrec.config import DataConfig, RecipeConfig, SasrecConfig, TeacherConfig, TrainConfig, WindowConfig
 from slmrec.dataset import load_dataset
-from slmrec.errors import ConfigError
+from slmrec.errors import CheckError, ConfigError
 from slmrec.evaluate import validation_ndcg
 from slmrec.interactions import prepare_dataset
 from slmrec.models.checkpoint import load_decoder
 from slmrec.models.ranking import TorchRecommender
 from slmrec.ragged import Ragged
 from slmrec.recommender import Histories
-from slmrec.sequences import validation_cases
+from slmrec.sequences import Cases, validation_cases
 from slmrec.synthetic import write_backbone, write_log
 from slmrec.train_items import train_items
 from slmrec.train_teacher import train_teacher
@@ -219,6 +220,38 @@ def test_turns_that_are_done_are_not_done_again(runs, tmp_path, monkeypatch):
     assert len(calls) == 4, "two turns, the one that was stopped, and that one again"
     one, two = (load_file(made.path / "model.safetensors") for made in (whole, resumed))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_every_turn_is_healed_from_the_unpruned_model(runs, tmp_path, monkeypatch):
+    parent, pairs = open_artifact(runs / "teacher"), []
+    followed = compress.prune.followed
+
+    def seen(pair, *others):
+        pairs.append((pair.teacher.num_layers, pair.student.num_layers, pair.artifact.hash))
+        return followed(pair, *others)
+
+    monkeypatch.setattr("compress.prune.followed", seen)
+    prune(parent, load_dataset(runs / "data"), tmp_path / "out", replace(CONFIG, num_layers=2))
+    depth = load_decoder(parent).num_layers
+    assert pairs == [(depth, wanted, parent.hash) for wanted in (4, 3, 2)]
+
+
+def test_kept_layers_keep_their_kind_of_attention(tiny_model):
+    model = tiny_model(family="qwen2", num_layers=3, prompt="none", sliding_window=4).eval()
+    kinds = model.decoder.config.layer_types
+    assert len(set(kinds)) == 2
+    for kept in ([0, 2], [1, 2], [0]):
+        assert keep_layers(model, kept).decoder.config.layer_types == [kinds[layer] for layer in kept]
+
+
+def test_without_a_single_hit_no_layer_is_called_worthless(tiny_model, histories):
+    model = tiny_model(num_layers=2, prompt="none").eval()
+    best = TorchRecommender(model, "cpu").recommend(histories, 20).item_ids
+    nowhere = Cases(np.arange(len(histories)), histories, best[:, 12])
+    with pytest.raises(CheckError, match="none of 6 validation users"):
+        damages(model, nowhere, [(0,)], "cpu")
+    with pytest.raises(CheckError, match="none of 6 validation users"):
+        sensitivity(model, nowhere, "cpu")
 
 
 def test_a_resumed_run_keeps_to_the_layers_it_had_chosen_and_leaves_no_features(runs, tmp_path, monkeypatch):

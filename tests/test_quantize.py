@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from compress.int8 import decoder_linears, quantize_model
-from compress.quantize import _search, read_gate
+from compress.int8 import decoder_linears, load_full_precision, quantize_model
+from compress.quantize import _search, fewest, read_gate
 from compress.sensitivity import sensitivity
 from slmrec.artifact import Stage, open_artifact, publish, write_json
 from slmrec.compress_config import CalibrationConfig, QuantizeConfig
 from slmrec.errors import CheckError, ConfigError
 from slmrec.gate import Gate
 from slmrec.metrics import Interval
-from slmrec.models.checkpoint import quantized_layers
-from slmrec.models.layers import Int8Linear, quantize_rows
+from slmrec.models.checkpoint import quantized_layers, save_checkpoint
+from slmrec.models.layers import CUDA_ROWS, Int8Linear, for_cuda, quantize_rows
 from slmrec.models.ranking import TorchRecommender
 from slmrec.ragged import Ragged
 from slmrec.recommender import Histories
@@ -57,6 +57,60 @@ def test_a_token_is_quantized_the_same_in_any_company():
         assert torch.equal(layer(tokens[row : row + 1])[0], together[row])
 
 
+def test_a_scale_for_a_whole_tensor_would_let_company_change_a_token(monkeypatch):
+    """What ONNX Runtime's `quantize_dynamic` does, and no flag here: the test above must see it."""
+
+    def per_tensor(values):
+        scale = values.abs().max().expand(*values.shape[:-1], 1) / 127
+        return (values / scale).round().to(torch.int8), scale
+
+    layer = Int8Linear.from_linear(torch.nn.Linear(32, 16))
+    tokens = torch.randn(7, 32)
+    tokens[3] *= 1000
+    monkeypatch.setattr("slmrec.models.layers.quantize_rows", per_tensor)
+    together = layer(tokens)
+    assert not torch.equal(layer(tokens[:1])[0], together[0])
+    assert torch.equal(together[0], layer(torch.zeros(1, 32))[0]), "what is small beside it is rounded away"
+
+
+def test_products_padded_for_cuda_are_those_of_the_values_themselves():
+    generator = torch.Generator().manual_seed(0)
+    for rows, inputs, outputs in ((1, 5, 3), (16, 8, 8), (17, 13, 24), (40, 16, 9)):
+        left = torch.randint(-127, 128, (rows, inputs), generator=generator, dtype=torch.int8)
+        right = torch.randint(-127, 128, (outputs, inputs), generator=generator, dtype=torch.int8)
+        wide, tall = for_cuda(left, CUDA_ROWS), for_cuda(right)
+        assert wide.shape[0] >= 17
+        assert wide.shape[1] == tall.shape[1]
+        assert all(size % 8 == 0 for size in (wide.shape[1], tall.shape[0]))
+        sums = torch._int_mm(wide, tall.t())[:rows, :outputs]
+        assert torch.equal(sums, left.int() @ right.int().T)
+
+
+@pytest.mark.parametrize("needed", range(1, 16))
+def test_as_few_layers_are_kept_as_the_gate_asks_for(needed):
+    tried = []
+
+    def holds(count):
+        tried.append(count)
+        return count >= needed
+
+    for most in range(16):
+        tried.clear()
+        assert fewest(holds, most) == (needed if needed <= most else None)
+        assert all(1 <= count <= most for count in tried)
+        assert len(tried) == len(set(tried)) <= 2 * max(1, most).bit_length()
+
+
+def test_weights_that_are_not_finite_are_one_message(tiny_model, tmp_path):
+    model = tiny_model(num_layers=2, prompt="none").eval()
+    with torch.no_grad():
+        model.decoder.layers[1].mlp.up_proj.weight[3, 4] = float("nan")
+    with publish(tmp_path / "student", Stage(name="distill", kind="checkpoint", settings={})) as folder:
+        save_checkpoint(folder, model)
+    with pytest.raises(CheckError, match=r"layers\.1\.mlp\.up_proj\.weight is not finite"):
+        load_full_precision(open_artifact(tmp_path / "student"))
+
+
 def test_every_decoder_linear_becomes_8_bit_but_those_kept(tiny_model):
     model = tiny_model(num_layers=2)
     assert len(quantized_layers(quantize_model(model))) == len(decoder_linears(model)) == 14
@@ -88,7 +142,9 @@ def test_an_8_bit_model_scores_like_its_parent_and_not_like_zeros(tiny_model):
 def test_the_layer_with_outliers_is_the_most_sensitive(tiny_model):
     model = hard_to_round(tiny_model(num_layers=2, prompt="none").eval())
     rows = np.random.default_rng(0).integers(1, 21, size=(64, 6))
-    cases = Cases(np.arange(64), Histories.of(Ragged.from_rows(list(rows))), rows[:, 0])
+    histories = Histories.of(Ragged.from_rows(list(rows)))
+    third = TorchRecommender(model, "cpu").recommend(histories, 3).item_ids[:, 2]
+    cases = Cases(np.arange(64), histories, third)
     found = sensitivity(model, cases, "cpu")
     assert found[0].layer == "layers.1.mlp.up_proj"
     assert found[0].overlap_loss > 2 * found[2].overlap_loss

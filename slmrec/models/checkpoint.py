@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from slmrec.artifact import Artifact, Stage, open_artifact, publish, work_folder, write_json
 from slmrec.catalogue import ITEMS_FILE, Catalogue, load_catalogue
 from slmrec.config import RecipeConfig, SasrecConfig, TrainConfig, WindowConfig
-from slmrec.errors import ArtifactError
+from slmrec.errors import ArtifactError, CheckError
 from slmrec.models.decoder import DecoderModel, DecoderSpec
 from slmrec.models.layers import Int8Linear
 from slmrec.models.llm_int8 import dequantizing, is_llm_int8, llm_int8, transformers_settings
@@ -78,6 +78,13 @@ def load_model(artifact: Artifact) -> Sasrec | DecoderModel:
 def load_decoder(artifact: Artifact) -> DecoderModel:
     """The model of a checkpoint that has to be a decoder (a teacher or a student)."""
     return require_decoder(load_model(artifact), artifact)
+
+
+def require_finite(model: nn.Module) -> None:
+    """Refuse weights that are not finite: 8-bit rounding would make numbers, and lists, of them."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise CheckError(f"{name} is not finite (NaN or infinite)", remedy="make the checkpoint again")
 
 
 def require_decoder(model: Sasrec | DecoderModel, artifact: Artifact) -> DecoderModel:

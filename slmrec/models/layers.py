@@ -51,7 +51,8 @@ class Int8Linear(nn.Module):
         """Inputs @ weight.T + bias, in 8 bits."""
         quantized, scale = quantize_rows(inputs.float())
         rows = quantized.reshape(-1, self.in_features)
-        sums = torch._int_mm(_enough_rows(rows), self.weight.t())[: len(rows)]
+        left, right = (for_cuda(rows, CUDA_ROWS), for_cuda(self.weight)) if rows.is_cuda else (rows, self.weight)
+        sums = torch._int_mm(left, right.t())[: len(rows), : self.out_features]
         outputs = sums.reshape(*inputs.shape[:-1], self.out_features).float() * scale * self.scale
         return outputs if self.bias is None else outputs + self.bias
 
@@ -77,11 +78,12 @@ class Int8WeightLinear(nn.Module):
         return nn.functional.linear(inputs, self.weight.float() * self.scale[:, None], self.bias)
 
 
-CUDA_ROWS = 17
-"""Fewest rows that CUDA's product of 8-bit integers takes."""
+CUDA_ROWS, CUDA_STEP = 17, 8
+"""Fewest rows that CUDA's product of 8-bit integers takes, and what its other sizes are multiples of."""
 
 
-def _enough_rows(rows: Int8[Tensor, "rows inputs"]) -> Int8[Tensor, "padded inputs"]:
-    if not rows.is_cuda or len(rows) >= CUDA_ROWS:
-        return rows
-    return torch.cat([rows, rows.new_zeros(CUDA_ROWS - len(rows), rows.shape[1])])
+def for_cuda(values: Int8[Tensor, "rows width"], least_rows: int = 0) -> Int8[Tensor, "padded_rows padded_width"]:
+    """Zeros behind rows and columns, so that CUDA's product takes them: both in eights, or so many rows at least."""
+    rows, width = values.shape
+    more = max(0, least_rows - rows) if least_rows else -rows % CUDA_STEP
+    return nn.functional.pad(values, (0, -width % CUDA_STEP, 0, more)) if more or width % CUDA_STEP else values

@@ -41,6 +41,19 @@ def llm_int8(linear: nn.Linear) -> nn.Module:
     return moved
 
 
+def move(model: nn.Module, device: Any) -> nn.Module:
+    """Move a model with all that its LLM.int8 layers keep beside their parameters, which `to` leaves where it was."""
+    model.to(device)
+    for layer in model.modules():
+        if is_llm_int8(layer):
+            for holder in (layer.weight, layer.state):
+                for name in ("CB", "SCB"):
+                    value = getattr(holder, name)
+                    if value is not None:
+                        setattr(holder, name, layer.weight.data if name == "CB" else value.to(device))
+    return model
+
+
 def dequantizing(layer: Any) -> Int8WeightLinear:
     """The same integers by the same scales, SCB / 127, in a layer that every backend has."""
     state = layer.state_dict()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from slmrec.errors import CheckError
+from slmrec.models.llm_int8 import move
 from slmrec.recommender import PAD, Histories, TopK, check_top_k, most_popular
 from slmrec.roofline import Work
 
@@ -62,7 +63,7 @@ class TorchRecommender:
         num_interactions: Int64[np.ndarray, " items"] | None = None,
     ) -> None:
         self.device = resolve_device(device)
-        self.model: Any = model.to(self.device)
+        self.model: Any = move(model, self.device)
         self.batch_size, self.num_interactions = batch_size, num_interactions
 
     @property
