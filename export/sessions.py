@@ -34,6 +34,8 @@ def session_options(threads: int) -> Any:
     options.log_severity_level = 3
     if not has_vnni():  # older instructions add pairs of 8-bit products in 16 bits, which can overflow
         options.add_session_config_entry("session.x64quantprecision", "1")
+        # what does so cannot take layers rounded by themselves, as engines have them: these compute in fp32 instead
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     return options
 
 
