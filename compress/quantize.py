@@ -8,7 +8,7 @@ from typing import Any
 from compress.calibrate import some_cases
 from compress.int8 import decoder_linears, load_full_precision, prepare, quantize_model, require_matches
 from compress.sensitivity import accuracy_of, sensitivity
-from slmrec.artifact import Artifact, is_up_to_date, open_artifact, publish, write_json
+from slmrec.artifact import GATE_FILE, Artifact, is_up_to_date, open_artifact, publish, write_json
 from slmrec.compress_config import QuantizeConfig
 from slmrec.config import settings_of
 from slmrec.dataset import Dataset, stage_on
@@ -21,7 +21,7 @@ from slmrec.models.layers import Int8Linear
 from slmrec.models.llm_int8 import llm_int8
 from slmrec.sequences import Cases, validation_cases
 
-GATE_FILE, CALIBRATION_FILE = "gate.json", "calibration.json"
+CALIBRATION_FILE = "calibration.json"
 GATE_USERS_FOR_LAYERS = 500
 """Validation users that each layer's sensitivity is measured on where the gate does not hold."""
 

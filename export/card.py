@@ -1,6 +1,7 @@
 """What a bundle says of itself: README.md, a model card with a `model-index`, and the ML-BOM."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,10 +103,15 @@ def _engines(folder: Path) -> str:
     return "\n".join([f"## TensorRT engines, {record['precision']}", "", *table, build])
 
 
+def _gate(entry: Mapping[str, Any]) -> str:
+    how = {"underpowered": "passed, but the users there were do not resolve it"}
+    return f"; accuracy gate: {how.get(entry['gate'], entry['gate'])}" if "gate" in entry else ""
+
+
 def _lineage(parent: Artifact) -> str:
     lineage = model_lineage(parent)
     lines = [
-        f"{number}. {entry['stage']} ({entry['kind']} `{entry['hash'][:16]}`)"
+        f"{number}. {entry['stage']} ({entry['kind']} `{entry['hash'][:16]}`){_gate(entry)}"
         for number, entry in enumerate(lineage, 1)
     ]
     licences = [f"* {name}: {licence}" for name, licence in known_licences(lineage).items()]

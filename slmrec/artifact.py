@@ -19,6 +19,7 @@ from slmrec.errors import ArtifactError, ConfigError
 from slmrec.locks import claimed
 
 MANIFEST = "manifest.json"
+GATE_FILE = "gate.json"
 SCHEMA = 1
 """Version of the manifest's layout; a reader refuses a newer one."""
 
@@ -310,7 +311,14 @@ def _manifest(folder: Path, output: Path, stage: Stage) -> dict[str, Any]:
             for name, parent in stage.parents.items()
         },
         "lineage": _lineage(stage),
+        **_gate(folder),
     }
+
+
+def _gate(folder: Path) -> dict[str, str]:
+    """How an artefact passed its accuracy gate ("passed", "underpowered"), where it had one."""
+    path = folder / GATE_FILE
+    return {"gate": json.loads(path.read_text(encoding="utf-8"))["gate"]} if path.is_file() else {}
 
 
 def _lineage(stage: Stage) -> list[dict[str, Any]]:
@@ -318,6 +326,7 @@ def _lineage(stage: Stage) -> list[dict[str, Any]]:
     seen: dict[tuple[str, str], dict[str, Any]] = {}
     for parent in stage.parents.values():
         own = {"stage": parent.stage, "kind": parent.kind, "hash": parent.hash, "settings": parent.settings}
+        own |= {"gate": parent.manifest["gate"]} if "gate" in parent.manifest else {}
         for entry in [*parent.manifest["lineage"], own]:
             seen.setdefault((entry["stage"], entry["hash"]), entry)
     return list(seen.values())

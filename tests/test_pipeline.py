@@ -122,6 +122,17 @@ def test_k_above_the_catalogue_gives_a_short_list(recommender, data):
     assert sorted(items[items != PAD].tolist()) == list(range(3, data.num_items + 1))
 
 
+def test_a_bundle_says_how_its_8_bits_passed_their_gate(runs):
+    gate = json.loads((runs / "student-int8" / "gate.json").read_text())["gate"]
+    assert gate in ("passed", "underpowered")
+    assert open_artifact(runs / "student-int8").manifest["gate"] == gate
+    lineage = {entry["stage"]: entry for entry in open_artifact(runs / "bundle").manifest["lineage"]}
+    assert {name for name, entry in lineage.items() if "gate" in entry} == {"quantize"}
+    assert lineage["quantize"]["gate"] == gate
+    told = "passed, but the users there were do not resolve it" if gate == "underpowered" else gate
+    assert f"; accuracy gate: {told}" in (runs / "bundle" / "README.md").read_text()
+
+
 def test_the_same_command_again_is_up_to_date_and_another_needs_force(runs):
     again = ["quantize", "--bits", 8, "-m", runs / "student"]
     assert json.loads(call(runs, *again, "--json"))["up_to_date"]
