@@ -13,7 +13,7 @@ batches, steps and learning rate; validation chooses the epoch, test is read onc
 
 import argparse
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,10 @@ STUDENTS: dict[str, dict[str, Any]] = {
 }
 """The teacher is the row "teacher", SASRec the row "SASRec-CE"; the others differ in their loss alone. On Beauty the
 paper's weights give the feature terms 2 % of cross-entropy's gradient norm, hence the last two."""
+
+_NAMES = {name for row in STUDENTS.values() for name in row}
+WEIGHTS = {one.name: one.default for one in fields(DistillConfig) if one.name in _NAMES}
+"""What rows differ in, and what it is where a row does not say."""
 
 
 def recipes(name: str, seed: int) -> tuple[SasrecConfig, TeacherConfig, DistillConfig]:
@@ -166,9 +170,10 @@ def finished(runs: Path, seeds: list[int], wanted: list[str], num_users: int) ->
             found = {"seed": made["settings"]["train"]["seed"], "users": len(made["ranks"])}
             if found != {"seed": seed, "users": num_users}:
                 raise SystemExit(f"{path} has {found}; expected seed {seed} and {num_users} users of --data")
-            weights = {name: made["settings"][name] for name in STUDENTS.get(row, {})}
-            if weights != STUDENTS.get(row, {}):
-                raise SystemExit(f"{path} was trained with {weights}, not as the row {row}")
+            if row in STUDENTS:
+                weights = {one: made["settings"][one] for one in WEIGHTS}
+                if weights != WEIGHTS | STUDENTS[row]:
+                    raise SystemExit(f"{path} was trained with {weights}, not as the row {row}")
             rows.setdefault(row, []).append(made)
     return rows
 

@@ -11,17 +11,21 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SUFFIXES = (".svg", ".png")
+COLOURS = ("#0072B2", "#D55E00", "#009E73")
 
 
-def bars(values: Mapping[str, float], path: Path, *, label: str) -> None:
-    """One horizontal bar per name, in the order given, as SVG and PNG."""
-    figure, axes = _axes(7, 1.2 + 0.22 * len(values))
-    names = list(values)
-    axes.barh(range(len(names)), list(values.values()), color="#0072B2")
+def bars(names: Sequence[str], series: Mapping[str, Sequence[float]], path: Path, *, label: str) -> None:
+    """Horizontal bars in the order of the names, one of each series (three at most) side by side, as SVG and PNG."""
+    figure, axes = _axes(7, 1.4 + 0.26 * len(names))
+    thickness = 0.8 / len(series)
+    for number, ((name, values), colour) in enumerate(zip(series.items(), COLOURS, strict=False)):
+        places = np.arange(len(names)) + (number - (len(series) - 1) / 2) * thickness
+        axes.barh(places, list(values), height=thickness, color=colour, label=name)
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.invert_yaxis()
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_xlabel(label)
+    axes.legend(frameon=False, loc="lower right")
     _save(figure, path)
 
 

@@ -55,8 +55,12 @@ def write_sensitivity(
             folder / SENSITIVITY_FILE,
             {"num_users": len(some), "split": "validation", "layers": [vars(one) for one in found]},
         )
-        losses = {one.layer: 100 * one.overlap_loss for one in found}
-        bars(losses, folder / "sensitivity", label="first ten recommendations that change, %, when this layer is 8-bit")
+        losses = {
+            "first ten recommendations that change": [100 * one.overlap_loss for one in found],
+            "NDCG@10 lost": [100 * one.ndcg_loss for one in found],
+        }
+        names = [one.layer for one in found]
+        bars(names, losses, folder / "sensitivity", label="%, when this layer alone is 8-bit")
     return open_artifact(output), False
 
 

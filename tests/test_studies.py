@@ -141,7 +141,7 @@ def test_a_table_is_put_together_from_cells_made_elsewhere_and_lacks_none_silent
             path = tmp_path / f"seed-{seed}" / "cells" / f"{row}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             content = {"ranks": ranks, "test": metrics, "validation": metrics, "seconds": 1}
-            settings = {"train": {"seed": seed}, **(table.STUDENTS["CE"] if row == "CE" else {})}
+            settings = {"train": {"seed": seed}, **(table.WEIGHTS | table.STUDENTS.get(row, {}))}
             path.write_text(json.dumps(content | {"settings": settings}))
     rows = table.finished(tmp_path, [0, 1], ["CE"], 300)
     found = {row: [one["test"]["mrr"] for one in cells_of] for row, cells_of in rows.items()}
@@ -156,9 +156,10 @@ def test_a_table_is_put_together_from_cells_made_elsewhere_and_lacks_none_silent
         table.finished(tmp_path, [0, 1], ["CE"], 301)
     made = tmp_path / "seed-1" / "cells"
     other = json.loads((made / "CE.json").read_text())
-    (made / "SLMRec + list.json").write_text(json.dumps(other | {"settings": other["settings"] | {"list_weight": 0.0}}))
-    with pytest.raises(SystemExit, match="not as the row SLMRec"):
-        table.finished(tmp_path, [1], ["SLMRec + list"], 300)
+    for row in ("SLMRec", "SLMRec + list", "CE + shared table"):  # whose settings are not those of the row CE
+        (made / f"{row}.json").write_text(json.dumps(other))
+        with pytest.raises(SystemExit, match="not as the row " + row.replace("+", r"\+")):
+            table.finished(tmp_path, [1], [row], 300)
     (made / "CE.json").write_text((tmp_path / "seed-0" / "cells" / "CE.json").read_text())
     with pytest.raises(SystemExit, match="expected seed 1"):
         table.finished(tmp_path, [1], ["CE"], 300)
