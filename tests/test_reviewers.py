@@ -1,0 +1,55 @@
+"""The reviewers' questions: likeness of features, early exits, and rows that can be trained."""
+
+import importlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from compress.importance import keep_layers
+from compress.student import require_distillable
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def study(monkeypatch):
+    """Import a script of `benchmarks/`."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+def test_linear_cka_sees_no_rotation_scale_or_shift_and_tells_strangers_apart(study):
+    cka, generator = study("reviewers").linear_cka, np.random.default_rng(0)
+    ours = generator.normal(size=(500, 8)) * np.arange(1, 9)
+    turned, _ = np.linalg.qr(generator.normal(size=(8, 8)))
+    assert cka(ours, ours) == pytest.approx(1)
+    assert cka(ours, 3 * ours @ turned + 5) == pytest.approx(1)
+    assert cka(ours, generator.normal(size=(500, 8))) < 0.05
+    half = ours.copy()
+    half[:, 4:] = generator.normal(size=(500, 4))
+    assert 0.05 < cka(ours, half) < 0.95
+
+
+def test_every_row_of_the_reviewers_questions_can_be_distilled_from_a_teacher_of_eight_layers(study, tiny_model):
+    teacher = tiny_model(num_layers=8, prompt="none").eval()
+    variants = study("reviewers").variants(seed=3)
+    assert {folder for folder, _ in variants.values()} == {"teacher", "untrained"}
+    for _, config in variants.values():
+        require_distillable(teacher, config)
+        assert config.train.seed == 3
+    same = variants["CE, the same start"][1]
+    assert (same.init, same.train) == (variants["untrained teacher"][1].init, variants["untrained teacher"][1].train)
+    assert not same.matches_features
+    assert same.supervision_weight == 0
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_an_early_exit_with_the_final_norm_is_the_decoder_cut_there(study, tiny_model, layer):
+    exits = study("depth_study").EarlyExit
+    model, items = tiny_model(num_layers=3, prompt="none").eval(), torch.tensor([[3, 4, 5], [9, 2, 7]])
+    with torch.inference_mode():
+        cut = keep_layers(model, range(layer + 1)).eval().score(items)
+        torch.testing.assert_close(exits(model, layer, normed=True).score(items), cut, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(exits(model, layer, normed=False).score(items), cut, rtol=1e-2, atol=1e-2)
