@@ -1,6 +1,7 @@
 """The serving graph against the model it was made from, and its top-K against a sort."""
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 import torch
@@ -187,6 +188,21 @@ def test_a_raw_graph_takes_no_users_and_no_history(pair):
     )
     assert items.shape == (2, 20)
     assert np.isfinite(scores).all()
+
+
+def test_layers_that_read_the_same_share_its_rounding(tiny_model, tmp_path):
+    """Queries, keys and values read one input, gate and up another: four roundings a layer, not seven."""
+    export_model(quantize_model(tiny_model(num_layers=3, prompt="none")).eval(), tmp_path, ExportConfig())
+    nodes = [node.op_type for node in onnx.load(tmp_path / "model.onnx", load_external_data=False).graph.node]
+    # of the last layer keys and values read every token, and the rest the newest alone: one rounding more
+    assert nodes.count("QuantizeLinear") == 4 * 3 + 1
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    model = quantize_model(tiny_model(num_layers=3, prompt="none")).eval()
+    export_model(model, plain, ExportConfig(newest_only=False, join_projections=False))
+    nodes = [node.op_type for node in onnx.load(plain / "model.onnx", load_external_data=False).graph.node]
+    assert nodes.count("QuantizeLinear") == 4 * 3
+    assert nodes.count("MatMulIntegerToFloat") == 7 * 3
 
 
 def test_sums_of_the_largest_8_bit_products_do_not_overflow():
