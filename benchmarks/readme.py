@@ -186,6 +186,21 @@ def eight_bit(entry: dict[str, Any]) -> str:
 SPLITS = ("validation", "test")
 
 
+def unseen_items(entry: dict[str, Any]) -> str:
+    """How well items unseen in training are placed, among all items and among themselves."""
+    result = entry["result"]
+    asked = ("all items", "new items alone")
+    rows = ["| vectors of new items | " + " | ".join(f"HR@10 among {name}" for name in asked) + " |", "|---|---|---|"]
+    for way, found in result["rows"].items():
+        values = [found[name]["hr@10"] for name in asked]
+        cells = [f"{one['estimate']:.3f} ({one['low']:.3f} to {one['high']:.3f})" for one in values]
+        rows.append(f"| {way} | {' | '.join(cells)} |")
+    users = result["num_users"]["of new items"]
+    return "\n".join(
+        [*rows, "", f"{users} users whose last item is one of {result['num_new_items']} new ones; one seed."]
+    )
+
+
 def pruning(entry: dict[str, Any]) -> str:
     """Two layers fewer, by two criteria."""
     result = entry["result"]
@@ -319,6 +334,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "eight_bit_ml_100k": eight_bit,
     "eight_bit_beauty": eight_bit,
     "pruning_ml_100k": pruning,
+    "unseen_items_ml_100k": unseen_items,
     "pruning_ml_100k_likelihood": pruning,
     "calibration_memory": calibration_memory,
     "orthogonality": orthogonality,

@@ -161,7 +161,13 @@ def _read(source: Path) -> Iterator[Request]:
     else:
         with source.open(encoding="utf-8-sig", newline="") as lines:
             csv.field_size_limit(LONGEST_CELL)
-            for number, record in enumerate(csv.DictReader(lines), 2):
+            reader = csv.DictReader(lines, strict=True)
+            names = reader.fieldnames or []
+            if len(set(names)) < len(names):
+                raise _malformed(source, 1, f"the columns {', '.join(names)}, one of them twice")
+            for number, record in enumerate(reader, 2):
+                if None in record.values():
+                    raise _malformed(source, number, "fewer cells than the header")
                 yield parse_request(record, number, source)
 
 
@@ -192,7 +198,7 @@ def _ids(value: Any, line: int, source: Path) -> list[str]:
             value = json.loads(value)
         except (json.JSONDecodeError, RecursionError) as error:
             raise _malformed(source, line, f"not a JSON list ({error})") from None
-    if isinstance(value, list):
+    if isinstance(value, list) and all(isinstance(item, str | int) and not isinstance(item, bool) for item in value):
         return [str(item) for item in value]
     raise _malformed(source, line, f"{value!r} is no list of item ids")
 

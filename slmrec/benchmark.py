@@ -10,6 +10,7 @@ import numpy as np
 from slmrec.artifact import Artifact
 from slmrec.catalogue import load_catalogue, require_same_catalogue
 from slmrec.choice import Constraints, choose, front
+from slmrec.compare import SCHEMA
 from slmrec.config import BenchmarkConfig, settings_of
 from slmrec.dataset import Dataset
 from slmrec.errors import ConfigError
@@ -23,7 +24,6 @@ from slmrec.report_sources import stages_of, trainings
 from slmrec.roofline import DEVICES, Ceilings, CountsWork, measure_ceilings, measured_over_floor
 from slmrec.sequences import Cases, test_cases
 
-SCHEMA = 1
 FLOOR_REQUESTS = 5
 """Requests whose arithmetic is counted; counting one runs it again under a profiler."""
 EXAMPLE_HISTORY = 8

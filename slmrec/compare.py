@@ -7,6 +7,9 @@ from typing import Any
 
 from slmrec.errors import DataError
 
+SCHEMA = 1
+"""Of reports, as `slmrec.benchmark` writes them."""
+
 Benchmark = Mapping[str, Any]
 
 
@@ -34,21 +37,33 @@ class Change:
         return f"{mark}  {self.name}, {self.figure}: {self.old:.4g} -> {self.new:.4g} (allowed {self.allowed:.4g})"
 
 
-def require_figures(report: Benchmark) -> None:
-    """Refuse what is no report: a field that is not there, or no finite number where a figure is compared.
+def require_report(report: Any) -> None:
+    """Refuse what is no report: a field that is not there, or a figure that cannot be one.
 
     Raises:
-        KeyError, IndexError, TypeError: say which.
+        KeyError: names the field that is missing.
+        ValueError, TypeError: what is wrong.
     """
-    _ = report["baseline"], report["dataset"]["hash"], report["schema"]
+    _ = report["baseline"], report["dataset"]["hash"]
+    if report["schema"] != SCHEMA:
+        raise ValueError(f"its schema is {report['schema']!r}, this version compares {SCHEMA}")
+    names = [row["name"] for row in report["rows"]]
+    if not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        raise ValueError(f"its rows are {names}, expected are some, each of a name of its own")
     for row in report["rows"]:
         accuracy, speedup = row["accuracy"], row["ratios"]["speedup_batch_1"]
-        figures = {"size_bytes": row["size_bytes"], "median": speedup["median"], "p10": speedup["p10"]}
+        _require_within(row, math.inf, size_bytes=row["size_bytes"], median=speedup["median"], p10=speedup["p10"])
         if accuracy is not None:
-            figures |= {"ndcg@10": accuracy["ndcg@10"], "interval": accuracy["intervals"]["ndcg@10"][0]}
-        for name, value in figures.items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise TypeError(f"{name} of {row['name']} is {value!r}, no finite number")
+            low, high = accuracy["intervals"]["ndcg@10"]
+            _require_within(row, 1, **{"ndcg@10": accuracy["ndcg@10"], "interval": low, "interval's end": high})
+
+
+def _require_within(row: Mapping[str, Any], most: float, **figures: Any) -> None:
+    for name, value in figures.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not 0 <= value <= most or math.isinf(value):
+            bound = "no finite number from 0" + ("" if math.isinf(most) else f" to {most}")
+            raise ValueError(f"{name} of {row['name']} is {value!r}, {bound}")
 
 
 def compare_reports(old: Benchmark, new: Benchmark, tolerance: float) -> list[Change]:

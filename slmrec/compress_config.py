@@ -1,5 +1,6 @@
 """Settings of distillation and quantization, as `slmrec.config` has those of the other stages."""
 
+import math
 from dataclasses import dataclass, field
 
 from slmrec.checks import require, require_choice, require_least, require_seed
@@ -88,7 +89,8 @@ class DistillConfig:
         require_choice("loss", self.loss, ("paper", "repo"))
         require_choice("magnitude_scale", self.magnitude_scale, ("hidden", "none"))
         weights = (self.direction_weight, self.magnitude_weight, self.supervision_weight, self.list_weight)
-        require(min(weights) >= 0, f"a loss weight of {min(weights)} is negative", "weights of 0 or more")
+        odd = [weight for weight in weights if not 0 <= weight < math.inf]
+        require(not odd, f"a loss weight is {odd[:1]}, expected is 0 or more", "--direction-weight 1.0, or others")
         require(
             self.supervision_weight == 0 or self.num_blocks >= 2,
             "multiple supervision needs a block before the last, but num_blocks=1",

@@ -34,6 +34,12 @@ class DataConfig:
         formats = ("auto", "csv", "parquet", "jsonl", "movielens", "amazon", "recbole", "sequences")
         require_choice("format", self.format, formats)
         require_least(self, min_events=0, max_bad_rows=0)
+        named = [name for name in (self.user_column, self.item_column, self.time_column) if name is not None]
+        require(
+            len(set(named)) == len(named),
+            f"one column is asked to be two things: {', '.join(named)}",
+            "another --user-column, --item-column or --time-column",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +87,7 @@ class TrainConfig:
             f"--accumulate {self.batch_size} or fewer",
         )
         rates = [self.learning_rate] + ([] if self.item_learning_rate is None else [self.item_learning_rate])
+        require(self.weight_decay < math.inf, f"weight_decay={self.weight_decay}", "--weight-decay 0.01")
         require(min(rates) > 0, f"a learning rate of {min(rates)} trains nothing", "a rate such as 3e-4")
         require(max(rates) < math.inf, f"a learning rate of {max(rates)} is not finite", "a rate such as 3e-4")
         require(self.clip_norm > 0, f"clip_norm={self.clip_norm} is not above 0", "--clip-norm 1.0")
@@ -304,7 +311,7 @@ class BenchmarkConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require_least(self, rounds=2, batch_rounds=2, rate_requests=2)
+        require_least(self, rounds=2, batch_rounds=2, rate_requests=2, top_k=1)
         require_seed(self)
         require(self.rate is None or self.rate > 0, f"rate={self.rate} is not above 0", "--rate 100")
         if self.device_spec is not None:

@@ -114,7 +114,13 @@ def test_a_config_file_sets_flags_and_the_command_line_wins(tmp_path):
     assert "num_layers=2 cannot" in slmcompress("distill", "-c", "c.toml", "--num-layers", "2", cwd=tmp_path).stderr
 
 
-@pytest.mark.parametrize(("text", "message"), [("depth = 3", "no flag of distill"), ("= 3", "is not TOML")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("depth = 3", "no flag of distill"), ("= 3", "is not TOML"), ("num-layers = 2.5", "sets num-layers to 2.5"),
+        ("num-layers = true", "sets num-layers to True"), ("k = 3", "learning-rate"),
+    ],
+)  # fmt: skip
 def test_a_bad_config_file_is_refused(tmp_path, text, message):
     (tmp_path / "c.toml").write_text(text)
     result = slmcompress("distill", "-c", "c.toml", cwd=tmp_path)

@@ -84,7 +84,7 @@ def test_reports_of_other_data_are_not_compared(report):
         compare_reports(report, report | {"baseline": "student"}, 0.01)
 
 
-@pytest.mark.parametrize("value", ["fast", None, True, float("nan"), float("inf")])
+@pytest.mark.parametrize("value", ["fast", None, True, float("nan"), float("inf"), -1])
 @pytest.mark.parametrize("path", [("size_bytes",), ("ratios", "speedup_batch_1", "p10"), ("accuracy", "ndcg@10")])
 def test_a_figure_that_is_no_number_is_one_message(report, tmp_path, path, value):
     other = copy.deepcopy(report)
@@ -98,6 +98,31 @@ def test_a_figure_that_is_no_number_is_one_message(report, tmp_path, path, value
         result = CliRunner().invoke(main, ["compare", *(str(tmp_path / name) for name in names)])
         assert isinstance(result.exception, ArtifactError)
         assert f"{path[-1]} of {report['rows'][1]['name']} is {value!r}, no finite number" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda one: one.update(rows=[]), r"its rows are \[\]"),
+        (lambda one: one["rows"].append(one["rows"][1]), "each of a name of its own"),
+        (lambda one: one["rows"][1].pop("name"), "the field 'name' is missing"),
+        (lambda one: one["rows"][1].update(name=[1]), "each of a name of its own"),
+        (lambda one: one["rows"].append(3), "is no benchmark"),
+        (lambda one: one.update(rows=None), "is no benchmark"),
+        (lambda one: one.update(schema=99), "its schema is 99, this version compares 1"),
+        (lambda one: one["rows"][1]["accuracy"].update({"ndcg@10": 7}), "no finite number from 0 to 1"),
+        (lambda one: one["rows"][1]["accuracy"]["intervals"].update({"ndcg@10": [0.5]}), "not enough values"),
+        (lambda one: one.pop("dataset"), "the field 'dataset' is missing"),
+    ],
+)
+def test_a_report_that_cannot_be_is_one_message_in_either_place(report, tmp_path, harm, message):
+    other = copy.deepcopy(report)
+    harm(other)
+    for name, content in (("good.json", report), ("bad.json", other)):
+        (tmp_path / name).write_text(json.dumps(content))
+    for names in (("good.json", "bad.json"), ("bad.json", "good.json")):
+        with pytest.raises(ArtifactError, match=message):
+            CliRunner().invoke(main, ["compare", *(str(tmp_path / name) for name in names)], catch_exceptions=False)
 
 
 def test_the_command_ends_with_1_on_a_regression_alone(report, tmp_path):

@@ -196,7 +196,7 @@ def diff(old: Path, new: Path, as_json: bool, force: bool, device: str, seed: in
 
 
 def _read_report(path: Path) -> dict[str, Any]:
-    from slmrec.compare import require_figures
+    from slmrec.compare import require_report
 
     file = path / "benchmark.json" if path.is_dir() else path
     try:
@@ -204,9 +204,10 @@ def _read_report(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ArtifactError(f"{file} is no benchmark: {error}", remedy="a folder of slmcompress benchmark") from None
     try:
-        require_figures(found)
-    except (KeyError, IndexError, TypeError) as error:
-        raise ArtifactError(f"{file} is no benchmark: {error}", remedy="a folder of slmcompress benchmark") from None
+        require_report(found)
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        reason = f"the field {error} is missing" if isinstance(error, KeyError) else str(error)
+        raise ArtifactError(f"{file} is no benchmark: {reason}", remedy="a folder of slmcompress benchmark") from None
     return found
 
 

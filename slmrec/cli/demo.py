@@ -65,7 +65,7 @@ class Demo:
     help="Where everything goes  [default: $SLMCOMPRESS_RUNS or runs/demo]",
 )
 @click.option(
-    "--synthetic", is_flag=True, help="Generated data and a tiny random decoder: no download, under a minute."
+    "--synthetic", is_flag=True, help="Generated data and a tiny random decoder: no download, a minute or two."
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object alone on stdout; progress on stderr.")
 @click.option("--seed", type=int, default=0, show_default=True)

@@ -124,4 +124,10 @@ def _read_config(context: click.Context, _: click.Parameter, path: Path | None) 
             f"{path} sets {unknown[0]!r}, which is no flag of {context.info_name}",
             remedy=f"one of {', '.join(sorted(names))}",
         )
+    parameters = {parameter.name: parameter for parameter in context.command.params}
+    for name, value in values.items():
+        kind: Any = parameters[names[name.replace("_", "-")]]
+        is_whole = isinstance(kind.type, click.types.IntParamType)
+        if (isinstance(value, bool) and not kind.is_flag) or (isinstance(value, float) and is_whole):
+            raise ConfigError(f"{path} sets {name} to {value!r}", remedy=f"{name} as the command line takes it")
     context.default_map = {names[name.replace("_", "-")]: value for name, value in values.items()}

@@ -45,6 +45,8 @@ def serve(
         raise ConfigError(f"serving needs {error.name}", remedy="pip install 'slmcompress[serve]'") from None
     from slmrec.serve_config import ServeConfig
 
+    if device == "cuda":
+        raise ConfigError("bundles are served by processors here", remedy="leave out --device; Triton serves engines")
     config = ServeConfig(**settings)
     if path is None:
         path = runs_folder() / "bundle"
@@ -64,7 +66,7 @@ def _token(file: Path | None) -> bytes | None:
             token = file.read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{file} cannot be read: {error}", remedy="a file with one line") from None
-        if not token:
-            raise ConfigError(f"{file} is empty", remedy="a file with one line")
+        if token.split() != [token]:
+            raise ConfigError(f"{file} is empty, or holds more than one word", remedy="a file with one line")
         return token.encode()
     return os.environ[TOKEN_VARIABLE].encode() if os.environ.get(TOKEN_VARIABLE) else None
