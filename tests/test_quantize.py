@@ -13,7 +13,7 @@ from slmrec.errors import CheckError, ConfigError
 from slmrec.gate import Gate
 from slmrec.metrics import Interval
 from slmrec.models.checkpoint import quantized_layers, save_checkpoint
-from slmrec.models.layers import CUDA_ROWS, Int8Linear, for_cuda, quantize_rows
+from slmrec.models.layers import CUDA_ROWS, EXACT_INPUTS, Int8Linear, for_cuda, int8_product, quantize_rows
 from slmrec.models.ranking import TorchRecommender
 from slmrec.ragged import Ragged
 from slmrec.recommender import Histories
@@ -84,6 +84,19 @@ def test_products_padded_for_cuda_are_those_of_the_values_themselves():
         assert all(size % 8 == 0 for size in (wide.shape[1], tall.shape[0]))
         sums = torch._int_mm(wide, tall.t())[:rows, :outputs]
         assert torch.equal(sums, left.int() @ right.int().T)
+
+
+@pytest.mark.parametrize("vnni", [False, True])
+@pytest.mark.parametrize("inputs", [1, 576, EXACT_INPUTS, EXACT_INPUTS + 1, 3000])
+def test_sums_are_exact_with_instructions_for_them_and_without(monkeypatch, inputs, vnni):
+    monkeypatch.setattr("slmrec.models.layers.multiplies_8_bits", lambda: vnni)
+    left = torch.full((3, inputs), 127, dtype=torch.int8)
+    left[1] = torch.randint(-127, 128, (inputs,), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+    right = torch.full((2, inputs), 127, dtype=torch.int8)
+    right[1, ::2] = -126
+    sums = int8_product(left, right)
+    assert sums.dtype == torch.int32
+    assert torch.equal(sums.long(), left.long() @ right.long().T)
 
 
 @pytest.mark.parametrize("needed", range(1, 16))
