@@ -16,9 +16,10 @@ from urllib.parse import quote
 from export.engine_files import ENGINE_FILE, read_engines
 from export.items import PROJECTION_FILE
 from export.runtime import DATA_FILES, SIGNATURE_FILE, read_signature
-from slmrec.artifact import Artifact, canonical_hash, file_sha256, library_versions, write_json
+from slmrec.artifact import Artifact, canonical_hash, file_sha256, write_json
 from slmrec.catalogue import ITEMS_FILE
 from slmrec.sources import SOURCES, Source
+from slmrec.versions import library_versions
 
 MLBOM_FILE = "mlbom.cdx.json"
 METRICS = ("hr@1", "hr@5", "hr@10", "ndcg@5", "ndcg@10", "mrr")

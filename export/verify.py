@@ -14,9 +14,10 @@ from export.golden import stored_golden
 from export.parity import Parity, ParityRule, check_other_graphs, compare
 from export.runtime import DATA_FILES, GRAPH_FILE, OnnxRecommender
 from export.signing import SIGNED_FILE, SUMS_FILE, check_signature
-from slmrec.artifact import MANIFEST, library_versions, open_artifact
+from slmrec.artifact import MANIFEST, open_artifact
 from slmrec.errors import ArtifactError, CheckError
 from slmrec.recommender import TopK
+from slmrec.versions import library_versions
 
 
 @dataclass

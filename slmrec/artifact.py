@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from slmrec.errors import ArtifactError, ConfigError
 from slmrec.locks import claimed
+from slmrec.versions import library_versions
 
 MANIFEST = "manifest.json"
 GATE_FILE = "gate.json"
@@ -24,8 +24,6 @@ SCHEMA = 1
 """Version of the manifest's layout; a reader refuses a newer one."""
 
 LATEST = 253_402_300_799  # the last second of the year 9999
-
-VERSIONED = ("slmcompress", "torch", "transformers", "numpy", "onnx", "onnxruntime", "accelerate", "peft", "polars")
 
 
 @dataclass(frozen=True)
@@ -259,15 +257,6 @@ def replace_json(path: Path, value: object) -> None:
     partial = path.with_suffix(".partial")
     write_json(partial, value)
     partial.rename(path)
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of the libraries whose change may change a result."""
-    versions = {"python": platform.python_version()}
-    for name in VERSIONED:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    return versions
 
 
 def _now() -> datetime:

@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 
-from slmrec.artifact import library_versions
+from slmrec.versions import library_versions
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "KMP_AFFINITY")
 CPUINFO = Path("/proc/cpuinfo")

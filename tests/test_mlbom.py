@@ -17,7 +17,7 @@ from export.onnx_export import export_checkpoint
 from export.runtime import OnnxRecommender
 from export.update import update_items
 from export.verify import verify
-from slmrec.artifact import Artifact, Stage, file_sha256, library_versions, open_artifact, publish, write_json
+from slmrec.artifact import Artifact, Stage, file_sha256, open_artifact, publish, write_json
 from slmrec.config import DataConfig, ExportConfig
 from slmrec.dataset import load_dataset
 from slmrec.differences import differences
@@ -25,6 +25,7 @@ from slmrec.interactions import prepare_dataset
 from slmrec.models.checkpoint import save_checkpoint
 from slmrec.sources import SOURCES
 from slmrec.synthetic import write_log
+from slmrec.versions import library_versions
 
 FIXTURE = Path(__file__).parent / "fixtures" / "bundle_2026_11_25.tar.xz"
 ACCURACY = {

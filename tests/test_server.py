@@ -15,7 +15,6 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from served import NUM_ITEMS, Running, make_bundle
 
 from export.runtime import OnnxRecommender
@@ -23,7 +22,6 @@ from export.server import Server
 from export.triton_client import recommend
 from slmrec.artifact import open_artifact
 from slmrec.catalogue import load_catalogue
-from slmrec.cli.main import main
 from slmrec.config import DataConfig
 from slmrec.errors import CheckError, ConfigError
 from slmrec.interactions import prepare_dataset
@@ -346,19 +344,6 @@ def test_a_token_is_asked_for_but_not_by_health_checks(bundles, tmp_path):
         assert httpx.get(server.url + "/v2/health/live").status_code == 200
         assert server.stop() == 0
     assert not any("s3cret" in line for line in server.lines)
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [(["--token-file", "two"], "holds more than one word"), (["--token-file", "none"], "is empty"),
-     (["--device", "cuda"], "served by processors")],
-)  # fmt: skip
-def test_what_would_serve_nobody_is_refused_at_the_start(bundles, tmp_path, monkeypatch, flags, message):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "two").write_text("tok\nx")
-    (tmp_path / "none").write_text(" \n")
-    with pytest.raises(ConfigError, match=message):
-        CliRunner().invoke(main, ["serve", str(bundles[0]), "--port", "0", *flags], catch_exceptions=False)
 
 
 def test_a_bundle_that_does_not_verify_is_not_served(bundles, tmp_path, caplog):

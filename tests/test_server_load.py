@@ -5,11 +5,13 @@ import os
 
 import psutil
 import pytest
+from click.testing import CliRunner
 from served import NUM_ITEMS, Running, make_bundle
 
 from export.batching import NICENESS
 from export.routes import create_app
 from export.server import Server
+from slmrec.cli.main import main
 from slmrec.config import DataConfig
 from slmrec.errors import ConfigError
 from slmrec.interactions import prepare_dataset
@@ -80,3 +82,16 @@ def test_the_threads_that_compute_yield_to_the_one_that_answers(bundle):
 def test_settings_that_cannot_be_are_refused(wrong):
     with pytest.raises(ConfigError):
         ServeConfig(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(["--token-file", "two"], "holds more than one word"), (["--token-file", "none"], "is empty"),
+     (["--device", "cuda"], "served by processors")],
+)  # fmt: skip
+def test_what_would_serve_nobody_is_refused_at_the_start(bundle, tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "two").write_text("tok\nx")
+    (tmp_path / "none").write_text(" \n")
+    with pytest.raises(ConfigError, match=message):
+        CliRunner().invoke(main, ["serve", str(bundle), "--port", "0", *flags], catch_exceptions=False)
