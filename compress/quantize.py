@@ -67,6 +67,8 @@ def read_gate(artifact: Artifact) -> tuple[dict[str, Any], str]:
 def fewest(holds: Callable[[int], bool], most: int) -> int | None:
     """Smallest count from 1 to `most` that holds, if more of what holds holds too: doubled until it does, then halved.
 
+    The last count that is found to hold is the one given.
+
     >>> fewest(lambda count: count >= 5, 13), fewest(lambda count: False, 13), fewest(lambda count: True, 0)
     (5, None, None)
     """
@@ -96,17 +98,19 @@ def _search(model: DecoderModel, cases: Cases, config: QuantizeConfig, device: s
     open_to_choice = [name for name in decoder_linears(model) if name not in decoder_linears(quantized)]
     worst_first = [one.layer for one in sensitivity(model.cpu(), some, device, open_to_choice, make)]
     most = len(worst_first) - 1 if config.auto_keep else 0
-    tried: dict[int, tuple[DecoderModel, Gate]] = {}
+    passed: tuple[DecoderModel, Gate] | None = None
 
     def holds(count: int) -> bool:
+        nonlocal passed, gate
         smaller = quantize_model(model, [*config.keep_fp, *worst_first[:count]], make)
-        tried[count] = smaller, gate_of(before, accuracy_of(smaller, cases, device), config.accuracy_gate)
-        return tried[count][1].passed
+        gate = gate_of(before, accuracy_of(smaller, cases, device), config.accuracy_gate)
+        if gate.passed:
+            passed = smaller, gate
+        return gate.passed
 
-    kept = fewest(holds, most)
-    if kept is not None:
-        return tried[kept]
-    gate = tried[most][1] if most else gate
+    fewest(holds, most)  # what passed last was the fewest
+    if passed is not None:
+        return passed
     even = f" (even with {most} of {most + 1} layers in fp32)" if most else ""
     raise CheckError(
         f"8 bits cost too much{even}: {gate.to_text()}. Most sensitive layers: {', '.join(worst_first[:3])}",

@@ -42,7 +42,7 @@ def require_report(report: Any) -> None:
 
     Raises:
         KeyError: names the field that is missing.
-        ValueError, TypeError: what is wrong.
+        ValueError, TypeError, AttributeError: say what is wrong.
     """
     _ = report["baseline"], report["dataset"]["hash"]
     if report["schema"] != SCHEMA:

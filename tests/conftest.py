@@ -82,3 +82,20 @@ def slmrec(backbone):
     from published import Published
 
     return Published(backbone, "slmrec")
+
+
+@pytest.fixture
+def teacher(tiny_model):
+    """Four layers to distil from."""
+    return tiny_model(num_layers=4, prompt="none").eval()
+
+
+@pytest.fixture
+def samples():
+    """Every position of a few short sequences."""
+    from distilling import SEQUENCES
+
+    from slmrec.config import WindowConfig
+    from slmrec.samples import training_samples
+
+    return training_samples(SEQUENCES, WindowConfig(max_history=4), "all", after_suffix=False)

@@ -23,16 +23,6 @@ from slmrec.synthetic import write_backbone
 from slmrec.train_teacher import load_backbone, pretrained_model
 
 
-@pytest.fixture
-def teacher(tiny_model):
-    return tiny_model(num_layers=4, prompt="none").eval()
-
-
-@pytest.fixture
-def samples():
-    return training_samples(SEQUENCES, WindowConfig(max_history=4), "all", after_suffix=False)
-
-
 @pytest.mark.parametrize("num_layers", [1, 2, 3, 4, 7, 8, 30])
 def test_blocks_cut_every_depth_and_the_last_always_matches(num_layers):
     for num_blocks in range(1, num_layers + 1):

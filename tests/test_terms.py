@@ -3,24 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from distilling import SEQUENCES, batch_with_features, config, spec
+from distilling import batch_with_features, config, spec
 
 from compress.features import teacher_says
 from compress.objective import DistillObjective, OnlineObjective, feature_targets, with_teacher
 from compress.student import build_student
 from slmrec.compress_config import OnlineConfig
-from slmrec.config import WindowConfig
-from slmrec.samples import training_samples
-
-
-@pytest.fixture
-def teacher(tiny_model):
-    return tiny_model(num_layers=4, prompt="none").eval()
-
-
-@pytest.fixture
-def samples():
-    return training_samples(SEQUENCES, WindowConfig(max_history=4), "all", after_suffix=False)
 
 
 def test_terms_are_the_papers_weighted_sum(teacher, samples):

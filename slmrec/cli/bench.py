@@ -76,7 +76,8 @@ def evaluate(
     recommender = load_recommender(artifact, device)
     if allow_repeats and not getattr(recommender, "signature", {}).get("keep_history", False):
         raise ConfigError(
-            f"{artifact.path} never recommends an item of the past", remedy="slmcompress export --keep-history -m it"
+            f"{artifact.path} never recommends an item of the past",
+            remedy="a graph of slmcompress export --keep-history",
         )
     with progress_bar("evaluate", len(cases)) as bar:
         accuracy = run(recommender, cases, protocol=protocol, batch_size=batch_size, progress=bar)

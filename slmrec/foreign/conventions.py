@@ -22,7 +22,7 @@ class Convention:
     supervision: str
     """What it was trained on, and what its students are."""
     max_events: int | None = None
-    """Newest events of a user that were targets; None = all."""
+    """Newest events of a user that were trained on, the first of them no target; None = all."""
     may_lack_padding: bool = False
     """Whether a table of as many rows as there are items has no row of padding."""
 
