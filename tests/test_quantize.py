@@ -110,6 +110,7 @@ def test_as_few_layers_are_kept_as_the_gate_asks_for(needed):
     for most in range(16):
         tried.clear()
         assert fewest(holds, most) == (needed if needed <= most else None)
+        assert [count for count in tried if count >= needed][-1:] == ([needed] if needed <= most else [])
         assert all(1 <= count <= most for count in tried)
         assert len(tried) == len(set(tried)) <= 2 * max(1, most).bit_length()
 
