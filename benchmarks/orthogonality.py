@@ -196,7 +196,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     axes.set_yticks(range(len(rows)), [f"{name}: {one['student']}, {one['compression']}" for name, one in rows])
     axes.invert_yaxis()
     axes.set_xlabel("change of the student's NDCG@10 minus change of the teacher's, %\n(95 % interval over users)")
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1))  # above: intervals may lie anywhere
     for suffix in (".svg", ".png"):
         figure.savefig(path.with_suffix(suffix), dpi=120, metadata={"Date": None} if suffix == ".svg" else None)
 

@@ -202,7 +202,7 @@ def unseen_items(entry: dict[str, Any]) -> str:
 
 
 def pruning(entry: dict[str, Any]) -> str:
-    """Two layers fewer, by two criteria."""
+    """Two layers fewer, by each criterion."""
     result = entry["result"]
     rows = [
         "| layers chosen by | NDCG@10 | of the whole teacher's (95 % interval) | layers kept |",
@@ -335,7 +335,6 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "eight_bit_beauty": eight_bit,
     "pruning_ml_100k": pruning,
     "unseen_items_ml_100k": unseen_items,
-    "pruning_ml_100k_likelihood": pruning,
     "calibration_memory": calibration_memory,
     "orthogonality": orthogonality,
     "serving_peers": serving_peers,
