@@ -97,7 +97,7 @@ def int8_product(
     """
     if left.is_cuda:
         return torch._int_mm(for_cuda(left, CUDA_ROWS), for_cuda(right).t())[: len(left), : len(right)]
-    if multiplies_8_bits():
+    if multiplies_8_bits() and left.shape[1] > 1:  # PyTorch 2.13 leaves sums of a single product unwritten
         return torch._int_mm(left, right.t())
     pairs = zip(torch.split(left, EXACT_INPUTS, dim=1), torch.split(right, EXACT_INPUTS, dim=1), strict=True)
     parts = [(some.float() @ others.float().t()).int() for some, others in pairs]
