@@ -204,6 +204,7 @@ def main() -> None:
     parser.add_argument("--rows", help="comma-separated; default all", default=",".join(["teacher", *STUDENTS]))
     parser.add_argument("--one-teacher", action="store_true", help="students of all seeds follow the first's teacher")
     parser.add_argument("--repeat", help="rows that every seed has; default all of --rows")
+    parser.add_argument("--record", help="name of the record; default slmrec_NAME")
     parser.add_argument("--from-cells", metavar="WHERE", help="where the cells below --runs were filled: no times then")
     arguments = parser.parse_args()
     runs = arguments.runs or Path("runs") / f"table-{arguments.name}"
@@ -232,7 +233,7 @@ def main() -> None:
     shared = {row: cells for row, cells in rows.items() if row == "teacher" or row.endswith("shared table")}
     if "CE + shared table" in shared:  # the comparison of equals among those that train no item vectors
         result["shared_table"] = summarize(shared, against="CE + shared table", teacher="teacher")
-    record(f"slmrec_{arguments.name.replace('-', '_')}", result)
+    record(arguments.record or f"slmrec_{arguments.name.replace('-', '_')}", result)
     print(json.dumps(lines, indent=2))
 
 

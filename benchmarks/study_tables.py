@@ -1,0 +1,64 @@
+"""Tables of the reviewers' questions, for docs/: depth_study.py, reviewers.py, prices.py."""
+
+from typing import Any
+
+import numpy as np
+
+
+def depth_study(entry: dict[str, Any]) -> str:
+    """Teachers trained at a depth, beside the deepest one read at that depth."""
+    result = entry["result"]
+    seeds = len(result["trained"][0]["test_ndcg@10"])
+    by_seed = seeds > 1
+    head = ["layers", f"trained at this depth{', mean' * by_seed}", *["by seed"] * by_seed]
+    head += [f"the deepest, read there {way}" for way in result["exits"]]
+    rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for line in result["trained"]:
+        layers, values = line["num_layers"], line["test_ndcg@10"]
+        cells = [str(layers), f"{np.mean(values):.4f}"]
+        cells += [", ".join(f"{value:.4f}" for value in values)] * by_seed
+        cells += [f"{exits[layers - 1]:.4f}" for exits in result["exits"].values()]
+        rows.append(f"| {' | '.join(cells)} |")
+    many = f"{seeds} seeds" if by_seed else "one seed"
+    return "\n".join([*rows, "", f"SASRec-CE: {result['sasrec']:.4f}; {many}, exits those of the first."])
+
+
+def reviewers(entry: dict[str, Any]) -> str:
+    """Students of other teachers, of one layer and trained online; and how alike student and teacher are inside."""
+    result = entry["result"]
+    rows = [
+        "| | NDCG@10 (95 % interval over users) | by seed | of the teacher's | against CE, p (Holm) |",
+        "|---|---|---|---|---|",
+    ]
+    for line in result["rows"]:
+        low, high = line["ndcg@10_interval"]
+        by_seed = ", ".join(f"{value:.4f}" for value in line["ndcg@10_by_seed"])
+        tested = "" if line["p"] is None else f"{line['difference']['estimate']:+.4f}, {line['p_holm']:.2g}"
+        rows.append(
+            f"| {line['row']} | {line['test']['ndcg@10']:.4f} ({low:.3f} to {high:.3f}) | {by_seed} "
+            f"| {line['of_teacher'][0]:.3f} | {tested} |"
+        )
+    inside = result["likeness_by_seed"]
+    alike = [
+        "| student | cosine to the teacher, block by block | linear CKA, block by block | first ten in common |",
+        "|---|---|---|---|",
+    ]
+    for row in inside[0]:
+        cosine, cka = (np.mean([seed[row][name] for seed in inside], axis=0) for name in ("cosine", "linear_cka"))
+        common = np.mean([seed[row]["overlap@10"] for seed in inside])
+        blocks = [", ".join(f"{value:.2f}" for value in values) for values in (cosine, cka)]
+        alike.append(f"| {row} | {' | '.join(blocks)} | {common:.3f} |")
+    return "\n".join([*rows, "", *alike])
+
+
+def prices(entry: dict[str, Any]) -> str:
+    """Price of a million lists at the best measured rate."""
+    rows = ["| | users/s, at best | a million lists | times cheaper than the teacher |", "|---|---|---|---|"]
+    whole = entry["result"]["rows"]["teacher"]["price_per_million"]
+    for name, row in entry["result"]["rows"].items():
+        price = row["price_per_million"]
+        rate = max(row["users_per_second"].values())
+        rows.append(f"| {name} | {rate:.0f} | {price:.3f} | {whole / price:.1f} |")
+    machine, price = entry["machine"], entry["result"]["hour_price"]
+    note = f"{machine['usable_cores']} cores of an {machine['cpu']} at an assumed {price:.2f} an hour."
+    return "\n".join([*rows, "", note])
