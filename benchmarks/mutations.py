@@ -101,6 +101,18 @@ MUTATIONS = (
         "batch.best.long() % self.student.num_items",
     ),
     Mutation(
+        "magnitude: never relative to the teacher's norm",
+        "compress/objective.py",
+        'norms[block] if config.magnitude_scale == "hidden" else None',
+        "None",
+    ),
+    Mutation(
+        "features: a teacher that is asked is moved",
+        "compress/features.py",
+        "@torch.no_grad()\ndef teacher_says",
+        "def teacher_says",
+    ),
+    Mutation(
         "store: rows of another sample",
         "compress/features.py",
         "[row + 1]) for row in samples",

@@ -55,6 +55,7 @@ def variants(seed: int) -> dict[str, tuple[str, DistillConfig]]:
     """Row -> the teacher's folder, and the settings."""
     base = recipes("ml-100k", seed)[2]
     kept = replace(base, features=FeatureConfig(keep=True))
+    no_features = {"direction_weight": 0.0, "magnitude_weight": 0.0}
     one = {"num_layers": 1, "num_blocks": 1, "supervision_weight": 0.0}
     return {
         "untrained teacher": ("untrained", kept),
@@ -62,7 +63,7 @@ def variants(seed: int) -> dict[str, tuple[str, DistillConfig]]:
         "1 layer, CE": ("teacher", replace(kept, **NONE | one)),
         "1 layer, SLMRec": ("teacher", replace(kept, **one)),
         "online, features": ("untrained", replace(base, online=OnlineConfig())),
-        "online, logits": ("untrained", replace(base, online=OnlineConfig(signal="logits"))),
+        "online, logits": ("untrained", replace(base, online=OnlineConfig(signal="logits"), **no_features)),
         "online, trained teacher": ("teacher", replace(base, online=OnlineConfig())),
     }
 

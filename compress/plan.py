@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from compress.distill import objective_of, store_spec, stores_features, student_samples
+from compress.features import StoreSpec
 from compress.student import online_teacher_spec, require_distillable, student_spec
 from slmrec.artifact import Artifact
-from slmrec.compress_config import DistillConfig
+from slmrec.compress_config import DistillConfig, FeatureConfig
 from slmrec.dataset import Dataset
 from slmrec.models.checkpoint import build_model, require_decoder
 from slmrec.models.decoder import DecoderModel
@@ -40,6 +41,14 @@ def plan_distillation(
         return plan, samples
     size_bytes = store_spec(teacher, config).size_bytes(int(samples.num_targets.sum()))
     return replace(plan, feature_store_bytes=size_bytes, teacher_weights_bytes=_weights_bytes(teacher)), samples
+
+
+def with_features_to_come(plan: Plan, teacher: DecoderModel, samples: Samples) -> Plan:
+    """A teacher's plan, with the size of what a student will read of it by the default settings."""
+    spec = StoreSpec(
+        num_blocks=DistillConfig.num_blocks, hidden_size=teacher.hidden_size, dtype=FeatureConfig.dtype, list_size=0
+    )
+    return replace(plan, feature_store_bytes=spec.size_bytes(int(samples.num_targets.sum())))
 
 
 def _with_teacher(

@@ -111,6 +111,24 @@ class DistillConfig:
             "online logits are those of the multiple-supervision adapters, but supervision_weight=0",
             "--supervision-weight above 0, or --signal features",
         )
+        if self.online.signal == "logits":
+            require(
+                self.direction_weight == self.magnitude_weight == 0,
+                f"online logits compare no features, but direction_weight={self.direction_weight} and "
+                f"magnitude_weight={self.magnitude_weight}",
+                "both weights 0, or --signal features",
+            )
+        else:
+            require(
+                self.matches_features,
+                "nothing follows the teacher: the signal is features, but direction_weight and magnitude_weight are 0",
+                "leave out --online for cross-entropy alone, or --signal logits",
+            )
+        require(
+            self.features == FeatureConfig(),
+            "online, features are those of the step: none are stored",
+            "leave out --features, --feature-dtype and --keep-features, or --online",
+        )
 
     @property
     def matches_features(self) -> bool:

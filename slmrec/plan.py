@@ -60,7 +60,7 @@ class Plan:
     micro_batches: int
     """Of a step on each device."""
     feature_store_bytes: int | None = None
-    """On disk; None where there is no teacher."""
+    """On disk, of the features that a student needs; of a teacher's plan, that a student of four blocks will need."""
     teacher_weights_bytes: int | None = None
     """On the main process's device while the store is filled, before the student's training."""
 
@@ -78,11 +78,13 @@ class Plan:
             _listed("tokens an epoch (millions)", self.tokens_per_epoch, 1e6),
             f"{self.num_processes} processes, {self.micro_batches} micro-batches a step on each",
         ]
-        if self.feature_store_bytes and self.teacher_weights_bytes is not None:
-            lines.append(
-                f"teacher's features: {self.feature_store_bytes / 1e6:,.1f} MB on disk, written by a teacher of "
-                f"{self.teacher_weights_bytes / 1e6:,.1f} MB"
+        if self.feature_store_bytes is not None:
+            written = (
+                "once a student is distilled from it"
+                if self.teacher_weights_bytes is None
+                else f"written by a teacher of {self.teacher_weights_bytes / 1e6:,.1f} MB"
             )
+            lines.append(f"teacher's features: {self.feature_store_bytes / 1e6:,.1f} MB on disk, {written}")
         return "\n".join([*lines, f"activations: {HOW_ACTIVATIONS}"])
 
 

@@ -189,10 +189,8 @@ def scale_item_inputs(model: DecoderModel, token_rms: float) -> None:
             title_map.weight.zero_()
 
 
-def plan_teacher(config: TeacherConfig, items: Artifact, data: Dataset, device: str) -> Plan:
+def plan_teacher(model: DecoderModel, config: TeacherConfig, samples: Samples, device: str) -> Plan:
     """What training would take; neither the backbone's weights nor a tokenizer that no prompt needs are read."""
-    model = teacher_shape(config, items, data)
-    samples = teacher_samples(config.recipe, config.window, data)
     bf16 = computes_in_bf16(config.train, resolve_device(device))
     return plan_training(model, NextItemObjective(model), samples, config.train, bf16=bf16)
 

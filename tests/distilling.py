@@ -12,6 +12,8 @@ from slmrec.ragged import Ragged
 TRAIN = TrainConfig(epochs=1, batch_size=4, learning_rate=1e-3)
 SEQUENCES = Ragged.from_rows([[1, 2, 3, 4, 5, 6, 7], [9, 8, 7, 6, 5], [3, 4, 5, 6], [11, 12, 13, 14, 15, 16]])
 
+NO_FEATURES = {"direction_weight": 0.0, "magnitude_weight": 0.0}
+
 
 def config(**changes):
     return DistillConfig(**{"num_layers": 2, "num_blocks": 2, "train": TRAIN} | changes)

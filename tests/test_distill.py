@@ -2,18 +2,19 @@
 
 import dataclasses
 import errno
+import os
 
 import numpy as np
 import pytest
 import torch
-from distilling import SEQUENCES, batch_with_features, config, spec
+from distilling import NO_FEATURES, SEQUENCES, batch_with_features, config, spec
 
 from compress import features
 from compress.blocks import block_ends, kept_layers
 from compress.features import build_store, teacher_says
 from compress.objective import DistillObjective, OnlineObjective, feature_targets, with_teacher
 from compress.student import build_student, require_distillable
-from slmrec.compress_config import OnlineConfig
+from slmrec.compress_config import FeatureConfig, OnlineConfig
 from slmrec.config import RecipeConfig, WindowConfig
 from slmrec.errors import ConfigError
 from slmrec.models.decoder import DecoderSpec, decoder_settings
@@ -156,6 +157,21 @@ def test_a_disk_too_small_is_refused_before_anything_is_written(teacher, samples
     assert [path.stat().st_size for path in tmp_path.glob("*.bin")] == [0]
 
 
+def test_a_disk_that_holds_the_first_part_alone_gets_it_back(teacher, samples, tmp_path, monkeypatch):
+    reserve, asked = os.posix_fallocate, []
+
+    def full_at_the_second(*arguments):
+        asked.append(arguments)
+        if len(asked) > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        reserve(*arguments)
+
+    monkeypatch.setattr("compress.features.os.posix_fallocate", full_at_the_second)
+    with pytest.raises(ConfigError, match=r"need .* MB"):
+        build_store(teacher, samples, spec(teacher, list_size=4), tmp_path, "key")
+    assert {path.name: path.stat().st_size for path in tmp_path.glob("*.bin")} == {"best.bin": 0, "features.bin": 0}
+
+
 def test_pairs_that_cannot_be_matched_are_refused(teacher, tiny_model):
     with pytest.raises(ConfigError, match="student would have 5 layers, the teacher has 4"):
         require_distillable(teacher, config(num_layers=5))
@@ -254,7 +270,8 @@ def test_a_width_that_heads_do_not_fill_is_refused(teacher, width):
 
 
 def online(**changes):
-    return config(online=OnlineConfig(**changes))
+    compared = {} if changes.get("signal") != "logits" else NO_FEATURES
+    return config(online=OnlineConfig(**changes), **compared)
 
 
 def online_gradients(tiny_model, samples, settings):
@@ -288,6 +305,11 @@ def test_online_logits_compare_the_adapters_of_both_and_move_the_student_alone(t
     [
         ({"online": OnlineConfig(), "list_weight": 1.0}, "frozen teacher"),
         ({"online": OnlineConfig(signal="logits"), "supervision_weight": 0.0}, "adapters, but supervision_weight=0"),
+        ({"online": OnlineConfig(signal="logits")}, "compare no features, but direction_weight=1.0"),
+        ({"online": OnlineConfig(signal="logits"), "direction_weight": 0.0}, "and magnitude_weight=0.1"),
+        ({"online": OnlineConfig(teacher_gradient=True), **NO_FEATURES}, "nothing follows the teacher"),
+        ({"online": OnlineConfig(), "features": FeatureConfig(source="live")}, "none are stored"),
+        ({"online": OnlineConfig(), "features": FeatureConfig(keep=True)}, "none are stored"),
         ({"loss": "both"}, "loss='both' is not known"),
         ({"init": "last"}, "init='last' is not known"),
     ],
@@ -302,6 +324,16 @@ def test_a_detached_teacher_cannot_be_moved():
         OnlineConfig(signal="logits", teacher_gradient=True)
 
 
+def named_terms(together, supervised):
+    """All terms of two blocks."""
+    names = {"ce", "teacher_ce"} if together else {"ce"}
+    if supervised:
+        names |= {"supervision_block_1"}
+    if together == "logits":
+        return names | {"logits_block_1", "teacher_supervision_block_1"}
+    return names | {f"{term}_block_{block}" for term in ("direction", "magnitude") for block in (1, 2)}
+
+
 @pytest.mark.parametrize("loss", ["paper", "repo"])
 @pytest.mark.parametrize("together", [None, "features", "logits"])
 @pytest.mark.parametrize("head", ["tied", "linear"])
@@ -314,8 +346,9 @@ def test_every_combination_learns_or_is_a_named_error(tiny_model, loss, together
     recipe = {"head": head, "prompt": prompt, "supervision": supervision, "positions": positions}
     supervised = head == "tied" or together == "logits"
     settings = config(
-        loss=loss, online=together and OnlineConfig(signal=together), supervision_weight=0.1 if supervised else 0.0
-    )
+        loss=loss, online=together and OnlineConfig(signal=together), supervision_weight=0.1 if supervised else 0.0,
+        **(NO_FEATURES if together == "logits" else {}),
+    )  # fmt: skip
     if (prompt, supervision, positions) == ("prefix", "all", "padded"):
         with pytest.raises(ConfigError, match="positions=padded never serves"):
             tiny_model(num_layers=4, **recipe)
@@ -336,6 +369,7 @@ def test_every_combination_learns_or_is_a_named_error(tiny_model, loss, together
         batch = with_teacher(batch, found, has_prefix=prompt != "none")
     optimizer = torch.optim.Adam(whole.parameters(), lr=1e-3)
     losses = []
+    assert set(whole(batch)) == named_terms(together, supervised)
     for _ in range(8):
         loss_now = sum(whole(batch).values())
         losses.append(loss_now.item())

@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+from distilling import NO_FEATURES
 from safetensors.torch import load_file
 
 from compress.distill import distill, distill_stage
@@ -56,10 +57,10 @@ def test_a_live_teacher_gives_the_student_of_a_float32_store(runs, tmp_path):
     assert not list(tmp_path.glob(".*")), "nothing is left behind"
 
 
-@pytest.mark.parametrize("signal", ["features", "logits"])
-def test_teacher_and_student_are_trained_together_and_the_student_is_kept(runs, tmp_path, signal):
+@pytest.mark.parametrize(("signal", "config"), [("features", CONFIG), ("logits", replace(CONFIG, **NO_FEATURES))])
+def test_teacher_and_student_are_trained_together_and_the_student_is_kept(runs, tmp_path, signal, config):
     before = load_file(runs / "teacher" / "model.safetensors")
-    weights, curve = made(runs, tmp_path / "student", replace(CONFIG, online=OnlineConfig(signal=signal)))
+    weights, curve = made(runs, tmp_path / "student", replace(config, online=OnlineConfig(signal=signal)))
     terms = {name for record in curve for name in record}
     assert {"ce", "teacher_ce", "direction_block_1" if signal == "features" else "logits_block_1"} <= terms
     assert {name.split(".")[2] for name in weights if name.startswith("decoder.layers.")} == {"0", "1"}
@@ -68,10 +69,14 @@ def test_teacher_and_student_are_trained_together_and_the_student_is_kept(runs, 
     assert all((before[name] == after[name]).all() for name in before), "the teacher's own artefact stays"
 
 
-def test_online_parts_of_a_step_are_refused_where_they_would_have_scales_of_their_own(runs, tmp_path):
+def test_online_parts_of_a_step_are_refused_where_they_would_have_scales_of_their_own(runs, tmp_path, monkeypatch):
     parts = replace(CONFIG, online=OnlineConfig(), train=replace(TRAIN, accumulate=2))
     with pytest.raises(ConfigError, match="its own teacher's norm"):
         made(runs, tmp_path / "a", parts)
+    with monkeypatch.context() as patched:
+        patched.setattr("compress.student.process_count", lambda: 2)
+        with pytest.raises(ConfigError, match="its own teacher's norm"):
+            made(runs, tmp_path / "b", replace(CONFIG, online=OnlineConfig()))
     curves = [
         made(runs, tmp_path / name, replace(CONFIG, online=OnlineConfig(), magnitude_scale="none", train=train))[1]
         for name, train in (("one", TRAIN), ("two", replace(TRAIN, accumulate=2)))
@@ -144,7 +149,7 @@ def test_plans_of_live_and_online_teachers_count_them(runs):
         for config in (
             CONFIG,
             replace(CONFIG, features=FeatureConfig(source="live")),
-            replace(CONFIG, online=OnlineConfig(signal="logits")),
+            replace(CONFIG, online=OnlineConfig(signal="logits"), **NO_FEATURES),
         )
     )
     targets = sum(max(0, len(row) - 3) for row in data.sequences)

@@ -69,7 +69,10 @@ def test_a_7b_run_is_planned_from_its_config_alone(runs):
     assert memory["gradients"] == memory["best_weights"] == 4 * total
     assert memory["adamw_state"] == 8 * total
     assert memory["total"] == sum(memory.values()) - memory["total"]
+    assert plan["tokens_per_epoch"] == {"items": plan["num_items_read"], "prompt": 0, "total": plan["num_items_read"]}
+    assert plan["feature_store_bytes"] == plan["num_targets"] * 4 * 4096 * 2, "four blocks in bfloat16"
     assert "decoder 6,476.272" in text
+    assert "once a student is distilled from it" in text
     assert not (runs / "teacher").exists()
 
 

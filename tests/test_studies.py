@@ -131,6 +131,25 @@ def test_a_new_item_is_its_title_and_the_mean_of_the_known_or_of_its_neighbours(
                 torch.testing.assert_close(joined.item_outputs()[item - 1], expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_cell_is_computed_once_by_a_key_and_anew_by_another(study, tmp_path):
+    cell, made, path = study("cells").cell, [], tmp_path / "seed" / "row.json"
+
+    def compute():
+        made.append({"test": {"ndcg@10": 0.1 + len(made)}})
+        return made[-1]
+
+    assert [cell(path, key, compute)["test"]["ndcg@10"] for key in ("a", "a", "b", "b")] == [0.1, 0.1, 1.1, 1.1]
+    assert len(made) == 2
+
+    def killed():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cell(path, "c", killed)
+    assert cell(path, "b", killed)["test"]["ndcg@10"] == 1.1
+    assert [one.name for one in path.parent.iterdir()] == ["row.json"]
+
+
 def test_a_table_is_put_together_from_cells_made_elsewhere_and_lacks_none_silently(study, tmp_path):
     table, readme, cells = study("slmrec_table"), study("readme"), study("cells")
     generator = np.random.default_rng(0)

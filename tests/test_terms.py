@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from distilling import batch_with_features, config, spec
+from distilling import NO_FEATURES, batch_with_features, config, spec
 
 from compress.features import teacher_says
 from compress.objective import DistillObjective, OnlineObjective, feature_targets, with_teacher
@@ -82,7 +82,7 @@ def test_the_list_term_is_the_divergence_over_the_teachers_best_and_none_of_itse
 
 
 def test_online_logits_are_the_divergence_of_the_adapters_and_none_of_equal_models(teacher, samples):
-    settings = config(num_layers=4, num_blocks=2, online=OnlineConfig(signal="logits"))
+    settings = config(num_layers=4, num_blocks=2, online=OnlineConfig(signal="logits"), **NO_FEATURES)
     student = build_student(teacher, settings).eval()
     objective = OnlineObjective(teacher, DistillObjective(student, settings, teacher.hidden_size))
     batch = samples.batch(np.arange(4))
@@ -114,6 +114,33 @@ def test_every_requested_term_changes_the_gradient(teacher, samples):
     everything = gradient()
     for term in ("direction_weight", "magnitude_weight", "supervision_weight"):
         assert not torch.allclose(everything, gradient(**{term: 0.0})), term
+
+
+@pytest.mark.parametrize("loss", ["paper", "repo"])
+def test_distances_are_relative_to_the_teachers_mean_norm(teacher, samples, loss):
+    settings = config(magnitude_weight=0.5, magnitude_scale="hidden", loss=loss)
+    student = build_student(teacher, settings).eval()
+    batch = batch_with_features(teacher, samples, np.arange(4), num_blocks=2)
+    terms = DistillObjective(student, settings)(batch)
+    wanted = batch.targets != 0
+    kept, count = feature_targets(batch, has_prefix=False), int(wanted.sum())
+    for block in (1, 2):
+        theirs = batch.features[:, block - 1]
+        squared = (student(batch.item_ids)[block][wanted][kept] - theirs).pow(2).sum(-1)
+        norm = theirs.pow(2).sum() / count
+        expected = squared.sum() / count / norm / 2 if loss == "paper" else squared.sqrt().sum() / count / norm.sqrt()
+        assert terms[f"magnitude_block_{block}"].item() == pytest.approx(0.5 * expected.item(), rel=1e-4)
+
+
+def test_a_teacher_that_is_asked_at_every_step_is_moved_by_no_term(teacher, samples):
+    batch, settings = samples.batch(np.arange(4)), config(list_weight=1.0, list_size=4)
+    assert all(value.requires_grad for value in teacher.decoder.parameters())
+    found = teacher_says(teacher, batch, spec(teacher, list_size=4))
+    objective = DistillObjective(build_student(teacher, settings), settings)
+    terms = objective(with_teacher(batch, found, has_prefix=False))
+    assert {"direction_block_1", "magnitude_block_1", "list"} <= set(terms)
+    sum(terms.values()).backward()
+    assert all(value.grad is None for value in teacher.parameters())
 
 
 def test_the_published_codes_terms_are_sums_of_plain_distances(teacher, samples):

@@ -42,8 +42,10 @@ from slmrec.errors import ConfigError
     show_default=True,
     help="Means over blocks and squared distances, or sums and plain distances.",
 )
-@click.option("--direction-weight", default=1.0, show_default=True, help="Cosine term, lambda_1.")
-@click.option("--magnitude-weight", default=0.1, show_default=True, help="Squared distance, lambda_2.")
+@click.option("--direction-weight", type=float, help="Cosine term, lambda_1  [default: 1.0; 0 with --signal logits]")
+@click.option(
+    "--magnitude-weight", type=float, help="Squared distance, lambda_2  [default: 0.1; 0 with --signal logits]"
+)
 @click.option("--supervision-weight", default=0.1, show_default=True, help="Multiple supervision, lambda_3.")
 @click.option(
     "--l2-scale", "magnitude_scale", type=click.Choice(["hidden", "none"]), default="hidden", show_default=True
@@ -121,6 +123,10 @@ def _distill_config(flags: dict[str, Any], seed: int) -> DistillConfig:
     together = flags.pop("online")
     if not together and online != {"signal": "features", "teacher_gradient": False}:
         raise ConfigError("--signal and --teacher-gradient belong to online distillation", remedy="--online with them")
+    compares_features = online["signal"] == "features"
+    for name in ("direction_weight", "magnitude_weight"):
+        if flags[name] is None:
+            flags[name] = getattr(DistillConfig, name) if compares_features else 0.0
     return DistillConfig(
         **flags,
         features=FeatureConfig(**features),

@@ -136,9 +136,10 @@ def train_teacher(
     )
     items = choose(model, "items", "slmcompress train-items", "checkpoint")
     dataset = choose(data, "data", "slmcompress data FILE", "dataset")
+    from compress.plan import with_features_to_come
     from slmrec.cli.stages import already, planned, trained
     from slmrec.dataset import load_dataset
-    from slmrec.train_teacher import plan_teacher, teacher_samples, teacher_stage
+    from slmrec.train_teacher import plan_teacher, teacher_samples, teacher_shape, teacher_stage
     from slmrec.train_teacher import train_teacher as run
 
     output, log = resolve_output(output, "teacher"), load_dataset(dataset.path)
@@ -147,7 +148,8 @@ def train_teacher(
         if there is not None:
             print_result(*trained(there, True), as_json=as_json)
             return
-        samples, plan = teacher_samples(config.recipe, config.window, log), plan_teacher(config, items, log, device)
+        shape, samples = teacher_shape(config, items, log), teacher_samples(config.recipe, config.window, log)
+        plan = with_features_to_come(plan_teacher(shape, config, samples, device), shape, samples)
         print_result(*planned(output, samples, config.train, plan), as_json=as_json)
         return
     result = run(items, log, output, config, device=device, force=force)
