@@ -34,33 +34,54 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 
+class LayerStates:
+    """What each layer says at the user-vector position; a batch that was asked before is not computed again."""
+
+    def __init__(self, model: DecoderModel) -> None:
+        self.model = model
+        self.known: dict[tuple[torch.Size, bytes], torch.Tensor] = {}
+
+    def __call__(self, item_ids: torch.Tensor) -> torch.Tensor:
+        """States after every layer, none normed, [layers, batch, hidden]."""
+        key = item_ids.shape, item_ids.numpy().tobytes()
+        if key not in self.known:
+            held: list[torch.Tensor] = []
+            hooks = [
+                layer.register_forward_hook(
+                    lambda _, __, output: held.append((output[0] if isinstance(output, tuple) else output)[:, -1])
+                )
+                for layer in self.model.decoder.layers
+            ]
+            self.model(item_ids)
+            for hook in hooks:
+                hook.remove()
+            self.known[key] = torch.stack(held)
+        return self.known[key]
+
+
 class EarlyExit(torch.nn.Module):
     """The user vector after one layer, normed by the final norm or as it is."""
 
-    def __init__(self, model: DecoderModel, layer: int, *, normed: bool) -> None:
+    def __init__(self, states: LayerStates, layer: int, *, normed: bool) -> None:
         super().__init__()
-        self.model, self.layer, self.normed = model, layer, normed
-        self.num_items, self.max_history = model.num_items, model.max_history
+        self.states, self.layer, self.normed = states, layer, normed
+        self.model = states.model
+        self.num_items, self.max_history = self.model.num_items, self.model.max_history
 
     def score(self, item_ids: torch.Tensor) -> torch.Tensor:
         """Scores of the items 1..num_items after the newest item of each history."""
-        held: list[torch.Tensor] = []
-        hook = self.model.decoder.layers[self.layer].register_forward_hook(
-            lambda _, __, output: held.append(output[0] if isinstance(output, tuple) else output)
-        )
-        self.model(item_ids)
-        hook.remove()
-        state = held[0][:, -1]
+        state = self.states(item_ids)[self.layer]
         return self.model.logits(self.model.decoder.norm(state) if self.normed else state)
 
 
 def exits(artifact: Artifact, data: Dataset) -> dict[str, Any]:
     """Test NDCG@10 after every layer, with the final norm and without."""
     model, cases = load_decoder(artifact).eval(), test_cases(data.sequences)
+    states = LayerStates(model)
     found: dict[str, list[float]] = {"with the final norm": [], "without": []}
     for name, values in found.items():
         for layer in range(model.num_layers):
-            recommender = TorchRecommender(EarlyExit(model, layer, normed=name != "without"))
+            recommender = TorchRecommender(EarlyExit(states, layer, normed=name != "without"))
             answer = recommender.recommend(cases.histories, 10)
             values.append(float(ndcg(ranks_of_targets(answer.item_ids, cases.targets), 10).mean()))
     return {"exits": found, "test": {"ndcg@10": found["with the final norm"][-1]}}

@@ -17,7 +17,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from cells import cell, measured, summarize
+from cells import cell, measured, summarize, user_ndcg
 from recording import record
 
 from compress.distill import distill, distill_stage
@@ -36,6 +36,7 @@ from slmrec.config import (
 from slmrec.dataset import Dataset, load_dataset
 from slmrec.interactions import prepare_dataset
 from slmrec.latency import measure_latency
+from slmrec.metrics import compare
 from slmrec.sequences import test_cases
 from slmrec.sources import source_files
 from slmrec.train_items import train_items
@@ -226,8 +227,10 @@ def main() -> None:
     milliseconds = {} if arguments.from_cells else speeds(data, runs / f"seed-{seeds[0]}", list(rows))
     for line in lines:
         line["p50_ms"] = milliseconds.get(line["row"])
+    known = compare(user_ndcg(rows["teacher"]), user_ndcg(rows["SASRec-CE"]))
     info = {key: data.info[key] for key in ("num_users", "num_items", "num_interactions")}
     result = {"dataset": info | {"hash": data.hash}, "one_teacher": arguments.one_teacher, "rows": lines}
+    result["teacher_against_sasrec"] = vars(known.difference) | {"p": known.p_value}
     if arguments.from_cells:
         result["cells_filled_on"] = arguments.from_cells
     shared = {row: cells for row, cells in rows.items() if row == "teacher" or row.endswith("shared table")}

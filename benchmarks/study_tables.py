@@ -1,4 +1,4 @@
-"""Tables of the reviewers' questions, for docs/: depth_study.py, reviewers.py, prices.py."""
+"""Tables of the reviewers' questions, for docs/: depth_study.py, reviewers.py, prices.py, request_times.py."""
 
 from typing import Any
 
@@ -62,3 +62,9 @@ def prices(entry: dict[str, Any]) -> str:
     machine, price = entry["machine"], entry["result"]["hour_price"]
     note = f"{machine['usable_cores']} cores of an {machine['cpu']} at an assumed {price:.2f} an hour."
     return "\n".join([*rows, "", note])
+
+
+def request_times(entry: dict[str, Any]) -> str:
+    """Time of a request by the shapes of a table's rows."""
+    times = ", ".join(f"{row} {value:.1f} ms" for row, value in entry["result"]["p50_ms"].items())
+    return f"One request by PyTorch on {entry['machine']['usable_cores']} cores, median, models in turn: {times}."

@@ -47,9 +47,12 @@ def test_every_row_of_the_reviewers_questions_can_be_distilled_from_a_teacher_of
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_an_early_exit_with_the_final_norm_is_the_decoder_cut_there(study, tiny_model, layer):
-    exits = study("depth_study").EarlyExit
+    study = study("depth_study")
     model, items = tiny_model(num_layers=3, prompt="none").eval(), torch.tensor([[3, 4, 5], [9, 2, 7]])
     with torch.inference_mode():
         cut = keep_layers(model, range(layer + 1)).eval().score(items)
-        torch.testing.assert_close(exits(model, layer, normed=True).score(items), cut, rtol=1e-5, atol=1e-5)
-        assert not torch.allclose(exits(model, layer, normed=False).score(items), cut, rtol=1e-2, atol=1e-2)
+        states = study.LayerStates(model)
+        states(items + 1)  # another batch of the same shape, asked before
+        exits = [study.EarlyExit(states, layer, normed=normed).score(items) for normed in (True, False)]
+        torch.testing.assert_close(exits[0], cut, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(exits[1], cut, rtol=1e-2, atol=1e-2)
