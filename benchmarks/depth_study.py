@@ -43,7 +43,7 @@ class LayerStates:
 
     def __call__(self, item_ids: torch.Tensor) -> torch.Tensor:
         """States after every layer, none normed, [layers, batch, hidden]."""
-        key = item_ids.shape, item_ids.numpy().tobytes()
+        key = item_ids.shape, item_ids.cpu().numpy().tobytes()
         if key not in self.known:
             held: list[torch.Tensor] = []
             hooks = [

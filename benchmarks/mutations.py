@@ -133,6 +133,9 @@ MUTATIONS = (
 )
 
 
+UNBROKEN = Mutation("nothing", "compress/losses.py", "return 1 - F.cos", "return 1 - F.cos")
+
+
 def outcome(mutation: Mutation) -> dict[str, Any]:
     """The test that fails first, in a copy of the tree with the line broken."""
     with tempfile.TemporaryDirectory() as place:
@@ -156,6 +159,8 @@ def outcome(mutation: Mutation) -> dict[str, Any]:
 
 def main() -> int:
     """Break, test, record."""
+    if failed := outcome(UNBROKEN)["failed"]:
+        raise SystemExit(f"{failed} fails with no line broken")
     outcomes = []
     for mutation in MUTATIONS:
         outcomes.append(outcome(mutation))

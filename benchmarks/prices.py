@@ -35,14 +35,14 @@ def main() -> None:
     arguments = parser.parse_args()
     data = load_dataset(arguments.seed.parent / "data")
     rows: dict[str, Recommender] = {
-        row: load_recommender(open_artifact(arguments.seed / folder))
+        f"{row}, PyTorch": load_recommender(open_artifact(arguments.seed / folder), "cpu")
         for row, folder in {"SASRec-CE": "items", "teacher": "teacher", "SLMRec": "SLMRec"}.items()
     }
-    student = load_decoder(open_artifact(arguments.seed / "SLMRec")).eval()
+    teacher, student = (load_decoder(open_artifact(arguments.seed / row)).eval() for row in ("teacher", "SLMRec"))
     eight = quantize_model(prepare(student, validation_cases(data.sequences), CalibrationConfig()).model)
     with contextlib.ExitStack() as stack:
-        rows["SLMRec, its graph"] = stack.enter_context(as_graph(student))
-        rows["SLMRec, its graph in 8 bits"] = stack.enter_context(as_graph(eight))
+        for row, model in {"teacher, graph": teacher, "SLMRec, graph": student, "SLMRec, 8-bit graph": eight}.items():
+            rows[row] = stack.enter_context(as_graph(model))
         config = BenchmarkConfig(rounds=20, batch_sizes=(32, 128), batch_rounds=10)
         timings = measure_latency(rows, test_cases(data.sequences).histories, config)
     found = {}

@@ -116,6 +116,9 @@ def slmrec(entry: dict[str, Any]) -> str:
             *([f"{line['p50_ms']:.1f} ms"] if timed else []),
         ]
         rows.append("| " + " | ".join(cells) + " |")
+    if known := entry["result"].get("teacher_against_sasrec"):
+        rows += ["", f"The teacher against SASRec-CE: {known['estimate']:+.4f} ({known['low']:+.4f} to "
+                     f"{known['high']:+.4f}), p = {known['p']:.2g}."]  # fmt: skip
     for line in entry["result"].get("shared_table", []):
         if line["row"].startswith("SLMRec + list"):
             low, high = line["difference"]["low"], line["difference"]["high"]

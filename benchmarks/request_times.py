@@ -37,7 +37,7 @@ def main() -> None:
         items, _ = train_items(data, Path(place) / "items", items_config)
         teacher = build_teacher(teacher_config, items, data)
         student = build_student(teacher, student_config)
-        rows = {"SASRec": load_recommender(items)} | {
+        rows = {"SASRec": load_recommender(items, "cpu")} | {
             f"{model.num_layers} layers": TorchRecommender(model.eval(), "cpu") for model in (teacher, student)
         }
         config = BenchmarkConfig(rounds=100, batch_sizes=(), batch_rounds=2)

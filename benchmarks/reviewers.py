@@ -6,7 +6,7 @@ likeness: how alike student and teacher are inside, distilled and not: cosine an
 arXiv:1905.00414) of each block's features, and overlap of the top ten. untrained: a student that follows a teacher
 which never saw an interaction, beside one that starts from the same layers and follows nobody: is it knowledge of the
 task that is transferred? single: students of one layer. online: teacher and student trained together. Depths and early
-exits are in `depth_study.py`, prices in `slmcompress benchmark`.
+exits are in `depth_study.py`, prices in `prices.py`.
 """
 
 import argparse

@@ -4,6 +4,18 @@ from typing import Any
 
 import numpy as np
 
+NAMES = {
+    "teacher": "trained teacher, 8 layers",
+    "CE": "4 layers, CE",
+    "SLMRec": "4 layers, SLMRec",
+    "untrained teacher": "4 layers, SLMRec from an untrained teacher",
+    "CE, the same start": "4 layers, CE from the untrained teacher's layers",
+    "online, features": "4 layers, online from an untrained teacher, features",
+    "online, logits": "4 layers, online from an untrained teacher, logits",
+    "online, trained teacher": "4 layers, online from the trained teacher, features",
+}
+"""Rows of reviewers.py in full."""
+
 
 def depth_study(entry: dict[str, Any]) -> str:
     """Teachers trained at a depth, beside the deepest one read at that depth."""
@@ -27,34 +39,34 @@ def reviewers(entry: dict[str, Any]) -> str:
     """Students of other teachers, of one layer and trained online; and how alike student and teacher are inside."""
     result = entry["result"]
     rows = [
-        "| | NDCG@10 (95 % interval over users) | by seed | of the teacher's | against CE, p (Holm) |",
+        "| | NDCG@10 (95 % interval over users) | by seed | of the trained teacher's | against CE, p (Holm) |",
         "|---|---|---|---|---|",
     ]
     for line in result["rows"]:
         low, high = line["ndcg@10_interval"]
         by_seed = ", ".join(f"{value:.4f}" for value in line["ndcg@10_by_seed"])
         tested = "" if line["p"] is None else f"{line['difference']['estimate']:+.4f}, {line['p_holm']:.2g}"
+        name, ndcg_10 = NAMES.get(line["row"], line["row"]), line["test"]["ndcg@10"]
         rows.append(
-            f"| {line['row']} | {line['test']['ndcg@10']:.4f} ({low:.3f} to {high:.3f}) | {by_seed} "
-            f"| {line['of_teacher'][0]:.3f} | {tested} |"
+            f"| {name} | {ndcg_10:.4f} ({low:.3f} to {high:.3f}) | {by_seed} | {line['of_teacher'][0]:.3f} | {tested} |"
         )
     inside = result["likeness_by_seed"]
     alike = [
-        "| student | cosine to the teacher, block by block | linear CKA, block by block | first ten in common |",
+        "| student | cosine to the trained teacher, by block | linear CKA, by block | first ten in common |",
         "|---|---|---|---|",
     ]
     for row in inside[0]:
         cosine, cka = (np.mean([seed[row][name] for seed in inside], axis=0) for name in ("cosine", "linear_cka"))
         common = np.mean([seed[row]["overlap@10"] for seed in inside])
         blocks = [", ".join(f"{value:.2f}" for value in values) for values in (cosine, cka)]
-        alike.append(f"| {row} | {' | '.join(blocks)} | {common:.3f} |")
+        alike.append(f"| {NAMES.get(row, row)} | {' | '.join(blocks)} | {common:.3f} |")
     return "\n".join([*rows, "", *alike])
 
 
 def prices(entry: dict[str, Any]) -> str:
     """Price of a million lists at the best measured rate."""
-    rows = ["| | users/s, at best | a million lists | times cheaper than the teacher |", "|---|---|---|---|"]
-    whole = entry["result"]["rows"]["teacher"]["price_per_million"]
+    rows = ["| | users/s, at best | a million lists | times cheaper than the teacher's graph |", "|---|---|---|---|"]
+    whole = entry["result"]["rows"]["teacher, graph"]["price_per_million"]
     for name, row in entry["result"]["rows"].items():
         price = row["price_per_million"]
         rate = max(row["users_per_second"].values())

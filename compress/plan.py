@@ -46,8 +46,9 @@ def plan_distillation(
 def with_features_to_come(plan: Plan, teacher: DecoderModel, samples: Samples) -> Plan:
     """A teacher's plan, with the size of what a student will read of it by the default settings."""
     spec = StoreSpec(
-        num_blocks=DistillConfig.num_blocks, hidden_size=teacher.hidden_size, dtype=FeatureConfig.dtype, list_size=0
-    )
+        num_blocks=min(DistillConfig.num_blocks, teacher.num_layers), hidden_size=teacher.hidden_size,
+        dtype=FeatureConfig.dtype, list_size=0,
+    )  # fmt: skip
     return replace(plan, feature_store_bytes=spec.size_bytes(int(samples.num_targets.sum())))
 
 

@@ -116,7 +116,7 @@ class DistillConfig:
                 self.direction_weight == self.magnitude_weight == 0,
                 f"online logits compare no features, but direction_weight={self.direction_weight} and "
                 f"magnitude_weight={self.magnitude_weight}",
-                "both weights 0, or --signal features",
+                "--direction-weight 0 --magnitude-weight 0, or --signal features",
             )
         else:
             require(
@@ -127,7 +127,7 @@ class DistillConfig:
         require(
             self.features == FeatureConfig(),
             "online, features are those of the step: none are stored",
-            "leave out --features, --feature-dtype and --keep-features, or --online",
+            "--features stored --feature-dtype bfloat16 without --keep-features, or leave out --online",
         )
 
     @property

@@ -72,6 +72,8 @@ def test_a_7b_run_is_planned_from_its_config_alone(runs):
     assert plan["tokens_per_epoch"] == {"items": plan["num_items_read"], "prompt": 0, "total": plan["num_items_read"]}
     assert plan["feature_store_bytes"] == plan["num_targets"] * 4 * 4096 * 2, "four blocks in bfloat16"
     assert "decoder 6,476.272" in text
+    shallow, _ = dry_run(runs, "train-teacher", "--backbone", runs / "7b", "--num-layers", 2, "--prompt", "none")
+    assert shallow["feature_store_bytes"] == plan["feature_store_bytes"] / 2, "as many blocks as layers"
     assert "once a student is distilled from it" in text
     assert not (runs / "teacher").exists()
 

@@ -131,7 +131,7 @@ def test_a_new_item_is_its_title_and_the_mean_of_the_known_or_of_its_neighbours(
                 torch.testing.assert_close(joined.item_outputs()[item - 1], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_cell_is_computed_once_by_a_key_and_anew_by_another(study, tmp_path):
+def test_a_cell_is_computed_once_by_a_key_and_anew_by_another(study, tmp_path, monkeypatch):
     cell, made, path = study("cells").cell, [], tmp_path / "seed" / "row.json"
 
     def compute():
@@ -141,13 +141,13 @@ def test_a_cell_is_computed_once_by_a_key_and_anew_by_another(study, tmp_path):
     assert [cell(path, key, compute)["test"]["ndcg@10"] for key in ("a", "a", "b", "b")] == [0.1, 0.1, 1.1, 1.1]
     assert len(made) == 2
 
-    def killed():
+    def killed(*_):
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(Path, "rename", killed)
     with pytest.raises(KeyboardInterrupt):
-        cell(path, "c", killed)
-    assert cell(path, "b", killed)["test"]["ndcg@10"] == 1.1
-    assert [one.name for one in path.parent.iterdir()] == ["row.json"]
+        cell(path, "c", compute)
+    assert cell(path, "b", killed)["test"]["ndcg@10"] == 1.1, "what was there is whole"
 
 
 def test_a_table_is_put_together_from_cells_made_elsewhere_and_lacks_none_silently(study, tmp_path):
@@ -166,8 +166,10 @@ def test_a_table_is_put_together_from_cells_made_elsewhere_and_lacks_none_silent
     found = {row: [one["test"]["mrr"] for one in cells_of] for row, cells_of in rows.items()}
     assert found == {row: [0.1, 0.2] for row in ("SASRec-CE", "teacher", "CE")}
     lines = [line | {"p50_ms": None} for line in cells.summarize(rows, against="CE", teacher="teacher")]
-    shown = readme.slmrec({"result": {"rows": lines}})
+    known = {"estimate": 0.002, "low": 0.001, "high": 0.003, "p": 0.012}
+    shown = readme.slmrec({"result": {"rows": lines, "teacher_against_sasrec": known}})
     assert "p50" not in shown
+    assert "The teacher against SASRec-CE: +0.0020 (+0.0010 to +0.0030), p = 0.012." in shown
     assert shown.count("0.1000, 0.2000") == 3
     with pytest.raises(FileNotFoundError):
         table.finished(tmp_path, [0, 1, 2], ["CE"], 300)
@@ -220,3 +222,32 @@ def test_the_load_study_runs_on_a_small_bundle(tiny_model, tmp_path):
     assert (found["overload"]["other"], found["overload"]["unanswered"]) == (0, 0)
     assert found["overload"]["afterwards"]["all_answered"]
     assert found["memory"]["rss_mb"] > 10
+
+
+def test_tables_of_the_reviewers_questions_say_what_was_measured(study):
+    tables = study("study_tables")
+    exits = {"with the final norm": [0.01, 0.02, 0.03], "without": [0.04, 0.05, 0.06]}
+    trained = [{"num_layers": 1, "test_ndcg@10": [0.1, 0.2]}, {"num_layers": 3, "test_ndcg@10": [0.3, 0.5]}]
+    shown = tables.depth_study({"result": {"trained": trained, "exits": exits, "sasrec": 0.07}}).splitlines()
+    assert shown[2:4] == [
+        "| 1 | 0.1500 | 0.1000, 0.2000 | 0.0100 | 0.0400 |",
+        "| 3 | 0.4000 | 0.3000, 0.5000 | 0.0300 | 0.0600 |",
+    ]
+    assert shown[-1] == "SASRec-CE: 0.0700; 2 seeds, exits those of the first."
+    line = {
+        "row": "CE", "ndcg@10_interval": [0.1, 0.3], "ndcg@10_by_seed": [0.2, 0.21], "test": {"ndcg@10": 0.205},
+        "of_teacher": [0.9], "p": None,
+    }  # fmt: skip
+    inside = [{"CE": {"cosine": [0.5, c], "linear_cka": [0.25, c], "overlap@10": c}} for c in (0.5, 1.0)]
+    shown = tables.reviewers({"result": {"rows": [line], "likeness_by_seed": inside}}).splitlines()
+    assert shown[2] == "| 4 layers, CE | 0.2050 (0.100 to 0.300) | 0.2000, 0.2100 | 0.900 |  |"
+    assert shown[-1] == "| 4 layers, CE | 0.50, 0.75 | 0.25, 0.75 | 0.750 |"
+    rows = {
+        "teacher, graph": {"users_per_second": {"batch_8": 10.0, "batch_32": 20.0}, "price_per_million": 3.0},
+        "SLMRec, graph": {"users_per_second": {"batch_8": 40.0, "batch_32": 30.0}, "price_per_million": 1.5},
+    }
+    machine = {"usable_cores": 2, "cpu": "X"}
+    shown = tables.prices({"result": {"rows": rows, "hour_price": 0.1}, "machine": machine}).splitlines()
+    assert shown[3] == "| SLMRec, graph | 40 | 1.500 | 2.0 |"
+    times = {"result": {"p50_ms": {"SASRec": 2.96, "8 layers": 30}}, "machine": machine}
+    assert tables.request_times(times).endswith("models in turn: SASRec 3.0 ms, 8 layers 30.0 ms.")
