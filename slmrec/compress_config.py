@@ -88,9 +88,10 @@ class DistillConfig:
         require_choice("item_table", self.item_table, ("trainable", "frozen"))
         require_choice("loss", self.loss, ("paper", "repo"))
         require_choice("magnitude_scale", self.magnitude_scale, ("hidden", "none"))
-        weights = (self.direction_weight, self.magnitude_weight, self.supervision_weight, self.list_weight)
-        odd = [weight for weight in weights if not 0 <= weight < math.inf]
-        require(not odd, f"a loss weight is {odd[:1]}, expected is 0 or more", "--direction-weight 1.0, or others")
+        for name in ("direction_weight", "magnitude_weight", "supervision_weight", "list_weight"):
+            weight = getattr(self, name)
+            flag = f"--{name.replace('_', '-')}"
+            require(0 <= weight < math.inf, f"{name}={weight} is no finite number of 0 or more", f"{flag} 0.1")
         require(
             self.supervision_weight == 0 or self.num_blocks >= 2,
             "multiple supervision needs a block before the last, but num_blocks=1",

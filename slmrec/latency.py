@@ -66,11 +66,9 @@ class Timing:
         return {f"batch_{size}": float(np.median(size / seconds)) for size, seconds in self.batch_s.items()}
 
     def speedups(self, baseline: "Timing") -> dict[str, Spread]:
-        """How many times as fast as the baseline, round by round on the same requests."""
-        spreads = {"speedup_batch_1": _spread(baseline.single_s / self.single_s)}
-        for size, seconds in self.batch_s.items():
-            spreads[f"speedup_batch_{size}"] = _spread(baseline.batch_s[size] / seconds)
-        return spreads
+        """How many times as fast as the baseline, round by round; of one user, by single requests."""
+        spreads = {f"speedup_batch_{size}": _spread(baseline.batch_s[size] / s) for size, s in self.batch_s.items()}
+        return spreads | {"speedup_batch_1": _spread(baseline.single_s / self.single_s)}
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,11 @@ def test_a_config_file_sets_flags_and_the_command_line_wins(tmp_path):
     [
         ("depth = 3", "no flag of distill"), ("= 3", "is not TOML"), ("num-layers = 2.5", "sets num-layers to 2.5"),
         ("num-layers = true", "sets num-layers to True"), ("k = 3", "learning-rate"),
+        ("epochs = [1, 2]", "sets epochs to [1, 2], a value of another type"),
+        ("patience = 2020-01-01", "expected is text or a number"), ("share-prefix = 0", "expected is true or false"),
+        ("output = 5", "sets output to 5, a value of another type"), ("model = ['a', 'b']", "sets model to ['a', 'b']"),
+        ("data = {a = 1}", "expected is text or a number"), ("init = 'foo'", "sets init to 'foo': 'foo' is not one of"),
+        ("config = 'd.toml'", "no flag of distill"), ("runs = 3", "sets runs to 3"),
     ],
 )  # fmt: skip
 def test_a_bad_config_file_is_refused(tmp_path, text, message):

@@ -126,6 +126,8 @@ def test_speedups_are_paired_by_round() -> None:
     assert speedups["speedup_batch_1"].to_json() == pytest.approx({"median": 4, "p10": 4, "p90": 4})
     assert speedups["speedup_batch_8"].median == pytest.approx(5)
     assert slow.speedups(slow)["speedup_batch_1"].median == 1
+    together = [Timing(singles, {1: np.full(3, 0.5)}) for singles in (np.full(10, 0.2), np.full(10, 0.1))]
+    assert together[1].speedups(together[0])["speedup_batch_1"].median == 2, "single requests, not batches of one"
 
 
 def test_the_spread_of_a_speedup_is_the_rounds_10th_and_90th_percentile() -> None:

@@ -117,17 +117,40 @@ def _read_config(context: click.Context, _: click.Parameter, path: Path | None) 
         raise ConfigError(f"{path} does not exist", remedy="-c FILE.toml with lines such as num-layers = 4") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}", remedy="lines such as num-layers = 4") from None
-    names = {flag.lstrip("-"): parameter.name for parameter in context.command.params for flag in parameter.opts}
+    taken = [parameter for parameter in context.command.params if parameter.name != "config"]
+    names = {flag.lstrip("-"): parameter.name for parameter in taken for flag in parameter.opts}
     unknown = [name for name in values if name.replace("_", "-") not in names]
     if unknown:
         raise ConfigError(
             f"{path} sets {unknown[0]!r}, which is no flag of {context.info_name}",
             remedy=f"one of {', '.join(sorted(names))}",
         )
-    parameters = {parameter.name: parameter for parameter in context.command.params}
+    parameters = {parameter.name: parameter for parameter in taken}
     for name, value in values.items():
-        kind: Any = parameters[names[name.replace("_", "-")]]
-        is_whole = isinstance(kind.type, click.types.IntParamType)
-        if (isinstance(value, bool) and not kind.is_flag) or (isinstance(value, float) and is_whole):
-            raise ConfigError(f"{path} sets {name} to {value!r}", remedy=f"{name} as the command line takes it")
+        if problem := _misfit(context, parameters[names[name.replace("_", "-")]], value):
+            raise ConfigError(
+                f"{path} sets {name} to {value!r}{problem}", remedy=f"{name} as the command line takes it"
+            )
     context.default_map = {names[name.replace("_", "-")]: value for name, value in values.items()}
+
+
+def _misfit(context: click.Context, kind: Any, value: Any) -> str | None:
+    """Why a flag cannot have a value that TOML has, as the end of a sentence; None where it can."""
+    is_list, expected = isinstance(value, list), None
+    if isinstance(value, bool) != bool(kind.is_flag):
+        expected = "true or false" if kind.is_flag else "text or a number"
+    elif isinstance(value, float) and isinstance(kind.type, click.types.IntParamType):
+        expected = "a whole number"
+    elif not (is_list or isinstance(value, str | int | float)):
+        expected = "text or a number"
+    elif is_list and not kind.multiple and isinstance(kind.type, click.types.StringParamType):
+        expected = "one value"
+    if expected:
+        return f", expected is {expected}"
+    try:
+        kind.type_cast_value(context, value)
+    except click.UsageError as error:
+        return f": {error.message}"
+    except (TypeError, AttributeError):  # click converts what a command line holds: text
+        return ", a value of another type"
+    return None
