@@ -25,7 +25,7 @@ def bars(names: Sequence[str], series: Mapping[str, Sequence[float]], path: Path
     axes.invert_yaxis()
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_xlabel(label)
-    axes.legend(frameon=False, loc="lower right")
+    figure.legend(frameon=False, loc="outside upper left", ncols=len(series))  # above: bars may end anywhere
     _save(figure, path)
 
 
@@ -33,7 +33,7 @@ def heatmap(
     values: np.ndarray, path: Path, *, rows: Sequence[str], columns: Sequence[str], labels: Sequence[str]
 ) -> None:
     """A matrix with its figures in the cells; NaN is left blank. `labels` name the rows, the columns and the colour."""
-    figure, axes = _axes(2.5 + 0.5 * len(columns), 1.5 + 0.4 * len(rows))
+    figure, axes = _axes(2.5 + 0.5 * len(columns), max(3.4, 1.5 + 0.4 * len(rows)))  # room for the colour's label
     image = axes.imshow(values, cmap="viridis", aspect="auto")
     middle = np.nanmean([np.nanmin(values), np.nanmax(values)])
     for (row, column), value in np.ndenumerate(values):
