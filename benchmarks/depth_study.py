@@ -46,16 +46,12 @@ class LayerStates:
         key = item_ids.shape, item_ids.cpu().numpy().tobytes()
         if key not in self.known:
             held: list[torch.Tensor] = []
-            hooks = [
-                layer.register_forward_hook(
-                    lambda _, __, output: held.append((output[0] if isinstance(output, tuple) else output)[:, -1])
-                )
-                for layer in self.model.decoder.layers
-            ]
-            self.model(item_ids)
-            for hook in hooks:
-                hook.remove()
-            self.known[key] = torch.stack(held)
+            hook = self.model.decoder.layers[-1].register_forward_hook(
+                lambda _, __, output: held.append(output[0] if isinstance(output, tuple) else output)
+            )
+            states = self.model(item_ids)  # of the last layer after the final norm: the hook has it before
+            hook.remove()
+            self.known[key] = torch.stack([state[:, -1] for state in (*states[1:-1], held[-1])])
         return self.known[key]
 
 
