@@ -63,7 +63,7 @@ def resolve(config: ImportConfig, teacher: ForeignTeacher, convention: Conventio
     Raises:
         ConfigError: more layers are asked for than the teacher has.
     """
-    if teacher.base and (config.num_layers or 0) > teacher.num_layers:
+    if (config.num_layers or 0) > teacher.num_layers:
         raise ConfigError(
             f"{config.num_layers} layers were asked for, {teacher.folder} holds {teacher.num_layers}",
             remedy=f"--num-layers {teacher.num_layers} or fewer",

@@ -9,6 +9,7 @@ from published import (
     HIDDEN,
     NUM_ITEMS,
     Explosive,
+    Published,
     write_final,
     write_trainer,
 )
@@ -70,6 +71,10 @@ UP = "llama_model.base_model.model.layers.0.mlp.up_proj"
         (bare(("adapter_config.json", b"[]")), "is no JSON object"),
         (bare(("adapter_config.json", b'{"peft_type": "IA3"}')), "expected LORA"),
         (bare(("adapter_config.json", b'{"peft_type": "LORA", "lora_alpha": 16, "use_dora": true}')), "sets use_dora"),
+        (
+            bare(("adapter_config.json", b'{"peft_type": "LORA", "lora_alpha": 16, "layers_to_transform": [0]}')),
+            "sets layers_to_transform",
+        ),
         (bare(("config.json", b"{}")), "names no num_hidden_layers"),
         (bare(("config.json", b'{"num_hidden_layers": 3}'), ("items.npy", b"")), "not readable as a numpy array"),
         (bare(("config.json", b'{"num_hidden_layers": 3}')), "no item table"),
@@ -105,6 +110,13 @@ def test_a_folder_that_does_not_fit_is_a_message_and_nothing_is_written(
     assert refusal.value.remedy
     assert sorted(path.name for path in tmp_path.iterdir()) in ([], ["in"])
     assert not (folder / "canary").exists()
+
+
+def test_an_adapter_has_the_layers_that_it_names(from_zero, backbone, tmp_path):
+    folder = write_final(tmp_path / "in", Published(backbone, "e4srec", num_layers=2))
+    with pytest.raises(ConfigError, match=r"3 layers were asked for, .* holds 2"):
+        import_as(from_zero, tmp_path / "out", folder, backbone, "--num-layers", 3)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

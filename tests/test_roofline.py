@@ -83,14 +83,18 @@ def test_a_batch_does_the_work_of_its_users_and_reads_weights_once(tiny_model, t
     assert four.num_bytes < 1.5 * one.num_bytes
 
 
-def test_pytorch_counts_the_products_of_the_formula(tiny_model, one_user):
+@pytest.mark.parametrize(("bits", "has_instructions"), [(32, True), (8, True), (8, False)])
+def test_pytorch_counts_the_products_of_the_formula(tiny_model, one_user, monkeypatch, bits, has_instructions):
+    monkeypatch.setattr("slmrec.models.layers.multiplies_8_bits", lambda: has_instructions)
     model = tiny_model(prompt="none").eval()
-    work = TorchRecommender(model, "cpu").work(one_user)
+    work = TorchRecommender(quantize_model(model) if bits == 8 else model, "cpu").work(one_user)
     linear = 2 * linear_weights(BUCKET, BUCKET)
     attention = 2 * 2 * HEADS * HEAD_DIM * BUCKET * BUCKET * LAYERS
     head = 2 * (HIDDEN * model.spec.item_dim + model.spec.item_dim * model.num_items)
     inputs = 2 * BUCKET * model.spec.item_dim * HIDDEN
-    assert work.fp32_operations == linear + attention + head + inputs
+    in_int8 = linear if bits == 8 and has_instructions else 0
+    assert work.int8_operations == in_int8
+    assert work.fp32_operations == linear - in_int8 + attention + head + inputs
 
 
 def test_ceilings_are_those_of_a_machine_that_computes():

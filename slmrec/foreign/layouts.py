@@ -119,7 +119,7 @@ def _weights_file(folder: Path, names: Iterable[str]) -> Path:
 def _lora_alpha(path: Path) -> float:
     """Alpha of an adapter, whose other settings must be those of plain LoRA."""
     settings = read_json(path)
-    for name in ("use_dora", "use_rslora", "fan_in_fan_out", "alpha_pattern", "rank_pattern"):
+    for name in ("use_dora", "use_rslora", "fan_in_fan_out", "alpha_pattern", "rank_pattern", "layers_to_transform"):
         if settings.get(name):
             raise ConfigError(
                 f"{path} sets {name}, which is not plain LoRA", remedy="merge it by PEFT, then import that"

@@ -24,8 +24,17 @@ def _attention_operations(query: tuple[int, ...], key: tuple[int, ...], *_: Any,
     return 2 * 2 * batch * heads * queries * key[2] * width
 
 
-CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_operations}
-"""PyTorch's own counter knows attention on GPUs alone."""
+def _product_operations(left: tuple[int, ...], right: tuple[int, ...], *_: Any, **__: Any) -> int:
+    """A product of two matrices, [rows, inputs] and [inputs, outputs]."""
+    return 2 * left[0] * left[1] * right[1]
+
+
+INT8_PRODUCT = torch.ops.aten._int_mm
+COUNTED = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_operations,
+    INT8_PRODUCT: _product_operations,
+}
+"""PyTorch's own counter knows neither attention on CPUs nor products of 8-bit integers."""
 
 
 class ScoringModel(Protocol):
@@ -103,13 +112,14 @@ class TorchRecommender:
     def work(self, histories: Histories) -> Work:
         """Arithmetic of `recommend` for these users as PyTorch runs it, and every weight once.
 
-        Products of 8-bit layers are those in floating point by which PyTorch computes them.
+        Where the processor has no 8-bit instructions, products of 8-bit layers are computed, and counted, in fp32.
         """
-        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
             self.recommend(histories, 1)
+        in_int8 = counter.get_flop_counts()["Global"].get(INT8_PRODUCT, 0)
         weights = [*self.model.parameters(), *self.model.buffers()]
         num_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
-        return Work(fp32_operations=float(counter.get_total_flops()), num_bytes=float(num_bytes))
+        return Work(float(counter.get_total_flops() - in_int8), float(in_int8), float(num_bytes))
 
     def _rank(self, padded: np.ndarray, histories: Histories, k: int) -> tuple[np.ndarray, np.ndarray]:
         scores = self.model.score(torch.from_numpy(padded).to(self.device)).float()
