@@ -1,14 +1,18 @@
 """The reviewers' questions: likeness of features, early exits, and rows that can be trained."""
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from published import write_backbone
 
 from compress.importance import keep_layers
 from compress.student import require_distillable
+from slmrec.config import TeacherConfig, TrainConfig
+from slmrec.train_teacher import load_backbone
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -56,3 +60,23 @@ def test_an_early_exit_with_the_final_norm_is_the_decoder_cut_there(study, tiny_
         exits = [study.EarlyExit(states, layer, normed=normed).score(items) for normed in (True, False)]
         torch.testing.assert_close(exits[0], cut, rtol=1e-5, atol=1e-5)
         assert not torch.allclose(exits[1], cut, rtol=1e-2, atol=1e-2)
+
+
+def test_a_control_takes_one_part_of_the_teacher_away(study, tmp_path):
+    study = study("controls")
+    source = write_backbone(tmp_path / "source")
+    config = TeacherConfig(
+        backbone=str(source), num_layers=2, train=TrainConfig(epochs=1, batch_size=8, learning_rate=1e-3)
+    )
+    folder = study.random_backbone(tmp_path / "random-backbone", config)
+    made, known = (load_backbone(str(one), 2) for one in (folder, source))
+    assert torch.equal(made.embeddings, known.embeddings)
+    trained = known.decoder.layers.state_dict()
+    matrices = {name: value for name, value in made.decoder.layers.state_dict().items() if value.ndim == 2}
+    assert len(matrices) == 2 * 7
+    assert not any(torch.equal(value, trained[name]) for name, value in matrices.items())
+    assert {path.name for path in folder.glob("tokenizer*")} == {path.name for path in source.glob("tokenizer*")}
+    rows = study.variants(config, tmp_path)
+    assert (rows["no titles"].recipe.titles, rows["frozen table"].recipe.item_table) == ("none", "frozen")
+    assert rows["random decoder"] == replace(config, backbone=str(folder))
+    assert rows["no titles"].train == rows["frozen table"].train == config.train

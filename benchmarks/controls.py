@@ -1,0 +1,84 @@
+"""What the teacher's parts are worth: the table's teacher beside one without each of them, all else alike.
+
+    python benchmarks/controls.py ml-100k --seeds 0,1,2
+    python benchmarks/controls.py beauty --data ../shared/data/beauty --rows "no titles"
+
+no titles: items are their ids alone. frozen table: SASRec's item vectors are not trained on. random decoder: layers
+that were never pretrained, under the pretrained token embeddings, from which titles have their vectors. The SASRec
+and teacher that `slmrec_table.py` left in --runs are used again, and finished cells are found again.
+"""
+
+import argparse
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from cells import cell, measured, summarize
+from recording import record
+from slmrec_table import fill_teacher, prepared, recipes
+
+from slmrec.artifact import open_artifact
+from slmrec.config import TeacherConfig
+from slmrec.train_teacher import load_backbone, train_teacher
+
+
+def random_backbone(output: Path, config: TeacherConfig) -> Path:
+    """A Hugging Face folder of the teacher's backbone, its layers drawn anew."""
+    from transformers import AutoModel
+
+    if not output.exists():
+        backbone = load_backbone(config.backbone, config.num_layers)
+        torch.manual_seed(config.train.seed)
+        fresh = AutoModel.from_config(backbone.decoder.config)
+        fresh.embed_tokens.load_state_dict(backbone.decoder.embed_tokens.state_dict())
+        partial = output.with_name(f".{output.name}")
+        fresh.save_pretrained(partial)
+        for file in backbone.folder.glob("tokenizer*"):
+            shutil.copy(file, partial)
+        partial.rename(output)
+    return output
+
+
+def variants(config: TeacherConfig, at: Path) -> dict[str, TeacherConfig]:
+    """Row -> the teacher's settings with one part taken away."""
+    return {
+        "no titles": replace(config, recipe=replace(config.recipe, titles="none")),
+        "frozen table": replace(config, recipe=replace(config.recipe, item_table="frozen")),
+        "random decoder": replace(config, backbone=str(at / "random-backbone")),
+    }
+
+
+def main() -> None:
+    """Fill the cells, compare and record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=["ml-100k", "beauty", "ml-1m"])
+    parser.add_argument("--data", type=Path, help="folder with sequences.txt and titles.tsv; not for ml-100k")
+    parser.add_argument("--runs", type=Path)
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--rows", default="no titles,frozen table,random decoder")
+    arguments = parser.parse_args()
+    runs = arguments.runs or Path("runs") / f"table-{arguments.name}"
+    data = prepared(arguments.name, arguments.data, runs)
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for seed in (int(text) for text in arguments.seeds.split(",")):
+        at, config = runs / f"seed-{seed}", recipes(arguments.name, seed)[1]
+        for row, known in fill_teacher(arguments.name, data, at, seed, ["teacher"])[1].items():
+            rows.setdefault(row, []).append(known)
+        for row in arguments.rows.split(","):
+            if row == "random decoder":
+                random_backbone(at / "random-backbone", config)
+            teacher, _ = train_teacher(
+                open_artifact(at / "items"), data, at / f"teacher, {row}", variants(config, at)[row]
+            )
+            made = cell(at / "cells" / f"teacher, {row}.json", teacher.hash, lambda t=teacher: measured(t, data))
+            rows.setdefault(row, []).append(made)
+    lines = summarize(rows, against="teacher", teacher="teacher")
+    record(f"controls_{arguments.name.replace('-', '_')}", {"dataset": arguments.name, "rows": lines})
+    print(json.dumps(lines, indent=2))
+
+
+if __name__ == "__main__":
+    main()
