@@ -118,7 +118,7 @@ def require_prunable(model: DecoderModel, config: PruneConfig, parent: Artifact)
     if config.drop and (min(config.drop) < 0 or max(config.drop) >= depth or len(config.drop) >= depth):
         raise ConfigError(
             f"--drop {','.join(map(str, config.drop))}, but {parent.path} has the layers 0 to {depth - 1}",
-            remedy="--drop with some of them, not all",
+            remedy="--drop with layers that are there, one of them left at least",
         )
     require_narrower(model, config.mlp_size, config.num_heads)
     if config.heal_epochs:

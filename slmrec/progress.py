@@ -20,6 +20,8 @@ def progress_bar(title: str, total: int, *, done: int = 0) -> Iterator[Bar]:
         TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
     ]  # fmt: skip
     console = Console(stderr=True, quiet=not is_main_process())
+    if 0 < done < total:
+        console.print(f"{title}: goes on after {done} of {total}", highlight=False)
     with Progress(*columns, console=console, refresh_per_second=2) as progress:
         task = progress.add_task(title, total=total, completed=done, note="")
 

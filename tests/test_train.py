@@ -9,6 +9,7 @@ from torch import nn
 
 from slmrec.config import TrainConfig
 from slmrec.errors import TrainingError
+from slmrec.progress import progress_bar
 from slmrec.train import Batch, Task, train
 
 CPU = torch.device("cpu")
@@ -111,3 +112,13 @@ def test_a_state_of_another_run_is_not_used(tmp_path: Path) -> None:
     assert again.calls == 0, "that run was finished"
     assert train(task(other, [0.25]), config(epochs=1), tmp_path, "other", CPU).best_metric == 0.25
     assert other.calls == 8
+
+
+@pytest.mark.parametrize("done", [0, 4, 10])
+def test_a_resumed_run_says_where_it_goes_on(capsys: pytest.CaptureFixture[str], done: int) -> None:
+    with progress_bar("distill", 10, done=done) as bar:
+        bar(10 - done)
+    said = capsys.readouterr()
+    assert ("distill: goes on after 4 of 10" in said.err) == (done == 4)
+    assert ("goes on" in said.err) == (done == 4)
+    assert not said.out
