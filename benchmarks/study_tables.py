@@ -1,5 +1,6 @@
-"""Tables of the reviewers' questions, for docs/: depth_study.py, reviewers.py, prices.py, request_times.py."""
+"""Tables of the studies, for docs/: depth_study.py, reviewers.py, controls.py, prices.py, request_times.py."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,11 @@ NAMES = {
     "online, features": "4 layers, online from an untrained teacher, features",
     "online, logits": "4 layers, online from an untrained teacher, logits",
     "online, trained teacher": "4 layers, online from the trained teacher, features",
+    "no titles": "items by their ids alone",
+    "frozen table": "SASRec's item vectors not trained on",
+    "random decoder": "layers never pretrained",
 }
-"""Rows of reviewers.py in full."""
+"""Rows of reviewers.py and controls.py in full."""
 
 
 def depth_study(entry: dict[str, Any]) -> str:
@@ -38,18 +42,7 @@ def depth_study(entry: dict[str, Any]) -> str:
 def reviewers(entry: dict[str, Any]) -> str:
     """Students of other teachers, of one layer and trained online; and how alike student and teacher are inside."""
     result = entry["result"]
-    rows = [
-        "| | NDCG@10 (95 % interval over users) | by seed | of the trained teacher's | against CE, p (Holm) |",
-        "|---|---|---|---|---|",
-    ]
-    for line in result["rows"]:
-        low, high = line["ndcg@10_interval"]
-        by_seed = ", ".join(f"{value:.4f}" for value in line["ndcg@10_by_seed"])
-        tested = "" if line["p"] is None else f"{line['difference']['estimate']:+.4f}, {line['p_holm']:.2g}"
-        name, ndcg_10 = NAMES.get(line["row"], line["row"]), line["test"]["ndcg@10"]
-        rows.append(
-            f"| {name} | {ndcg_10:.4f} ({low:.3f} to {high:.3f}) | {by_seed} | {line['of_teacher'][0]:.3f} | {tested} |"
-        )
+    rows = _accuracies(result["rows"], "CE")
     inside = result["likeness_by_seed"]
     alike = [
         "| student | cosine to the trained teacher, by block | linear CKA, by block | first ten in common |",
@@ -61,6 +54,28 @@ def reviewers(entry: dict[str, Any]) -> str:
         blocks = [", ".join(f"{value:.2f}" for value in values) for values in (cosine, cka)]
         alike.append(f"| {NAMES.get(row, row)} | {' | '.join(blocks)} | {common:.3f} |")
     return "\n".join([*rows, "", *alike])
+
+
+def controls(entry: dict[str, Any]) -> str:
+    """The teacher without one of its parts each."""
+    return "\n".join(_accuracies(entry["result"]["rows"], "the teacher"))
+
+
+def _accuracies(lines: Sequence[Mapping[str, Any]], reference: str) -> list[str]:
+    """What `cells.summarize` says of each row, tested against one of them."""
+    rows = [
+        f"| | NDCG@10 (95 % interval over users) | by seed | of the teacher's | against {reference}, p (Holm) |",
+        "|---|---|---|---|---|",
+    ]
+    for line in lines:
+        low, high = line["ndcg@10_interval"]
+        by_seed = ", ".join(f"{value:.4f}" for value in line["ndcg@10_by_seed"])
+        tested = "" if line["p"] is None else f"{line['difference']['estimate']:+.4f}, {line['p_holm']:.2g}"
+        name, ndcg_10 = NAMES.get(line["row"], line["row"]), line["test"]["ndcg@10"]
+        rows.append(
+            f"| {name} | {ndcg_10:.4f} ({low:.3f} to {high:.3f}) | {by_seed} | {line['of_teacher'][0]:.3f} | {tested} |"
+        )
+    return rows
 
 
 def prices(entry: dict[str, Any]) -> str:

@@ -242,6 +242,10 @@ def test_tables_of_the_reviewers_questions_say_what_was_measured(study):
     shown = tables.reviewers({"result": {"rows": [line], "likeness_by_seed": inside}}).splitlines()
     assert shown[2] == "| 4 layers, CE | 0.2050 (0.100 to 0.300) | 0.2000, 0.2100 | 0.900 |  |"
     assert shown[-1] == "| 4 layers, CE | 0.50, 0.75 | 0.25, 0.75 | 0.750 |"
+    tested = line | {"row": "no titles", "p": 0.01, "p_holm": 0.02, "difference": {"estimate": -0.005}}
+    shown = tables.controls({"result": {"rows": [tested]}}).splitlines()
+    row = "items by their ids alone | 0.2050 (0.100 to 0.300) | 0.2000, 0.2100 | 0.900 | -0.0050, 0.02"
+    assert shown[2:] == [f"| {row} |"]
     rows = {
         "teacher, graph": {"users_per_second": {"batch_8": 10.0, "batch_32": 20.0}, "price_per_million": 3.0},
         "SLMRec, graph": {"users_per_second": {"batch_8": 40.0, "batch_32": 30.0}, "price_per_million": 1.5},
