@@ -29,16 +29,14 @@ def random_backbone(output: Path, config: TeacherConfig) -> Path:
     """A Hugging Face folder of the teacher's backbone, its layers drawn anew."""
     from transformers import AutoModel
 
-    if not output.exists():
-        backbone = load_backbone(config.backbone, config.num_layers)
-        torch.manual_seed(config.train.seed)
-        fresh = AutoModel.from_config(backbone.decoder.config)
-        fresh.embed_tokens.load_state_dict(backbone.decoder.embed_tokens.state_dict())
-        partial = output.with_name(f".{output.name}")
-        fresh.save_pretrained(partial)
-        for file in backbone.folder.glob("tokenizer*"):
-            shutil.copy(file, partial)
-        partial.rename(output)
+    backbone = load_backbone(config.backbone, config.num_layers)
+    torch.manual_seed(config.train.seed)
+    fresh = AutoModel.from_config(backbone.decoder.config)
+    fresh.embed_tokens.load_state_dict(backbone.decoder.embed_tokens.state_dict())
+    shutil.rmtree(output, ignore_errors=True)
+    fresh.save_pretrained(output)
+    for file in backbone.folder.glob("tokenizer*"):
+        shutil.copy(file, output)
     return output
 
 

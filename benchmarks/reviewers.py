@@ -4,37 +4,47 @@
 
 likeness: how alike student and teacher are inside, distilled and not: cosine and linear CKA (Kornblith et al.,
 arXiv:1905.00414) of each block's features, and overlap of the top ten. untrained: a student that follows a teacher
-which never saw an interaction, beside one that starts from the same layers and follows nobody: is it knowledge of the
-task that is transferred? single: students of one layer. online: teacher and student trained together. Depths and early
-exits are in `depth_study.py`, prices in `prices.py`.
+whose layers never saw an interaction (its item table is SASRec's, as every row's), beside one that starts from the
+same layers and follows nobody: is it knowledge of the task that is transferred? single: students of one layer. online:
+teacher and student trained together. Depths and early exits are in `depth_study.py`, prices in `prices.py`.
 """
 
 import argparse
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from cells import cell, measured, summarize
+from cells import cell, measured, summarize, user_ndcg
 from recording import record
 from slmrec_table import NONE, fill_students, fill_teacher, prepared, recipes
 
 from compress.blocks import block_ends, state_index
 from compress.distill import distill, distill_stage
-from slmrec.artifact import Artifact, Stage, open_artifact, publish
+from slmrec.artifact import Artifact, Stage, is_up_to_date, open_artifact, publish
 from slmrec.cli.loading import load_recommender
 from slmrec.compress_config import DistillConfig, FeatureConfig, OnlineConfig
 from slmrec.config import settings_of
 from slmrec.dataset import Dataset
-from slmrec.metrics import overlap
+from slmrec.metrics import compare, holm, overlap
 from slmrec.models.checkpoint import load_decoder, save_checkpoint
 from slmrec.models.decoder import DecoderModel
 from slmrec.sequences import test_cases
 from slmrec.train_teacher import build_teacher
 
 BLOCKS = 4
+ASKED = (
+    ("untrained teacher", "CE, the same start"),
+    ("SLMRec", "untrained teacher"),
+    ("1 layer, SLMRec", "1 layer, CE"),
+    ("online, features", "untrained teacher"),
+    ("online, logits", "online, features"),
+    ("online, trained teacher", "SLMRec"),
+)
+"""Pairs of rows whose difference answers a question."""
 
 
 def untrained_teacher(items: Artifact, data: Dataset, output: Path, seed: int) -> Artifact:
@@ -44,7 +54,7 @@ def untrained_teacher(items: Artifact, data: Dataset, output: Path, seed: int) -
         name="train-teacher", kind="checkpoint", settings=settings_of(config) | {"steps": 0},
         parents={"items": items, "data": data.artifact},
     )  # fmt: skip
-    if not output.exists():
+    if not is_up_to_date(output, stage, force=False):
         with publish(output, stage) as folder:
             save_checkpoint(folder, build_teacher(config, items, data))
             data.items.save(folder)
@@ -66,6 +76,16 @@ def variants(seed: int) -> dict[str, tuple[str, DistillConfig]]:
         "online, logits": ("untrained", replace(base, online=OnlineConfig(signal="logits"), **no_features)),
         "online, trained teacher": ("teacher", replace(base, online=OnlineConfig())),
     }
+
+
+def answers(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Differences of NDCG@10 between the pairs of `ASKED`, paired by user; p values are Holm-corrected over them."""
+    found = [compare(user_ndcg(rows[one]), user_ndcg(rows[other])) for one, other in ASKED]
+    corrected = holm([one.p_value for one in found])
+    return [
+        {"row": row, "against": other, "difference": vars(one.difference), "p": one.p_value, "p_holm": p_holm}
+        for (row, other), one, p_holm in zip(ASKED, found, corrected, strict=True)
+    ]
 
 
 def linear_cka(ours: np.ndarray, theirs: np.ndarray) -> float:
@@ -137,8 +157,9 @@ def main() -> None:
             rows.setdefault(row, []).append(made)
         inside.append(likeness(at, data, ["CE", "SLMRec", "untrained teacher"]))
     lines = summarize(rows, against="CE", teacher="teacher")
-    record("reviewers", {"dataset": "ml-100k", "rows": lines, "likeness_by_seed": inside})
-    print(json.dumps({"rows": lines, "likeness": inside}, indent=2))
+    result = {"dataset": "ml-100k", "rows": lines, "answers": answers(rows), "likeness_by_seed": inside}
+    record("reviewers", result)
+    print(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":

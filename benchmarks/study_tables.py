@@ -43,6 +43,12 @@ def reviewers(entry: dict[str, Any]) -> str:
     """Students of other teachers, of one layer and trained online; and how alike student and teacher are inside."""
     result = entry["result"]
     rows = _accuracies(result["rows"], "CE")
+    asked = ["| | against | difference (95 % interval) | p (Holm) |", "|---|---|---|---|"]
+    for one in result["answers"]:
+        names = " | ".join(NAMES.get(one[side], one[side]) for side in ("row", "against"))
+        found = one["difference"]
+        shown = f"{found['estimate']:+.4f} ({found['low']:+.4f} to {found['high']:+.4f})"
+        asked.append(f"| {names} | {shown} | {one['p_holm']:.2g} |")
     inside = result["likeness_by_seed"]
     alike = [
         "| student | cosine to the trained teacher, by block | linear CKA, by block | first ten in common |",
@@ -53,7 +59,7 @@ def reviewers(entry: dict[str, Any]) -> str:
         common = np.mean([seed[row]["overlap@10"] for seed in inside])
         blocks = [", ".join(f"{value:.2f}" for value in values) for values in (cosine, cka)]
         alike.append(f"| {NAMES.get(row, row)} | {' | '.join(blocks)} | {common:.3f} |")
-    return "\n".join([*rows, "", *alike])
+    return "\n".join([*rows, "", *asked, "", *alike])
 
 
 def controls(entry: dict[str, Any]) -> str:

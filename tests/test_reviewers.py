@@ -49,6 +49,20 @@ def test_every_row_of_the_reviewers_questions_can_be_distilled_from_a_teacher_of
     assert same.supervision_weight == 0
 
 
+def test_a_question_is_answered_by_the_pair_of_rows_that_it_is_about(study):
+    study, generator = study("reviewers"), np.random.default_rng(0)
+    assert {row for pair in study.ASKED for row in pair} <= {*study.variants(seed=0), "SLMRec"}
+    random = {row: generator.integers(-1, 30, size=400) for pair in study.ASKED for row in pair}
+    better = np.where(random["1 layer, CE"] > 0, random["1 layer, CE"] - 1, random["1 layer, CE"])
+    rows = {row: [{"ranks": ranks.tolist()}] for row, ranks in (random | {"1 layer, SLMRec": better}).items()}
+    found = {one["row"]: one for one in study.answers(rows)}
+    single = found["1 layer, SLMRec"]
+    assert single["against"] == "1 layer, CE"
+    assert single["difference"]["low"] > 0
+    assert single["p"] < 0.01
+    assert single["p_holm"] == pytest.approx(len(study.ASKED) * single["p"])
+
+
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_an_early_exit_with_the_final_norm_is_the_decoder_cut_there(study, tiny_model, layer):
     study = study("depth_study")

@@ -239,7 +239,11 @@ def test_tables_of_the_reviewers_questions_say_what_was_measured(study):
         "of_teacher": [0.9], "p": None,
     }  # fmt: skip
     inside = [{"CE": {"cosine": [0.5, c], "linear_cka": [0.25, c], "overlap@10": c}} for c in (0.5, 1.0)]
-    shown = tables.reviewers({"result": {"rows": [line], "likeness_by_seed": inside}}).splitlines()
+    difference = {"estimate": 0.004, "low": -0.001, "high": 0.009}
+    pair = {"row": "SLMRec", "against": "CE", "difference": difference, "p_holm": 0.12}
+    result = {"rows": [line], "answers": [pair], "likeness_by_seed": inside}
+    shown = tables.reviewers({"result": result}).splitlines()
+    assert "| 4 layers, SLMRec | 4 layers, CE | +0.0040 (-0.0010 to +0.0090) | 0.12 |" in shown
     assert shown[2] == "| 4 layers, CE | 0.2050 (0.100 to 0.300) | 0.2000, 0.2100 | 0.900 |  |"
     assert shown[-1] == "| 4 layers, CE | 0.50, 0.75 | 0.25, 0.75 | 0.750 |"
     tested = line | {"row": "no titles", "p": 0.01, "p_holm": 0.02, "difference": {"estimate": -0.005}}
