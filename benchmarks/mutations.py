@@ -95,6 +95,24 @@ MUTATIONS = (
         "features.detach()",
     ),
     Mutation(
+        "online: the student's scores for the teacher's",
+        "compress/objective.py",
+        "cross_entropy(teacher_heads[-1], targets_of(batch))",
+        "cross_entropy(heads[-1], targets_of(batch))",
+    ),
+    Mutation(
+        "online: the student's adapters for the teacher's",
+        "compress/objective.py",
+        "weight * cross_entropy(teacher_logits, targets)",
+        "weight * cross_entropy(student_logits, targets)",
+    ),
+    Mutation(
+        "online: the teacher's supervision is never a mean over blocks",
+        "compress/objective.py",
+        "(1 / len(self.teacher_adapters) if",
+        "(1.0 if",
+    ),
+    Mutation(
         "list: scores of the items after the named ones",
         "compress/objective.py",
         "batch.best.long() - 1",

@@ -21,6 +21,11 @@ class FeatureConfig:
     def __post_init__(self) -> None:
         require_choice("source", self.source, ("stored", "live"))
         require_choice("dtype", self.dtype, ("bfloat16", "float32"))
+        require(
+            self.source == "stored" or (self.dtype == "bfloat16" and not self.keep),
+            "features that the teacher gives at every step are not stored",
+            "--features stored, or neither --feature-dtype nor --keep-features",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

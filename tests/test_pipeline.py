@@ -189,6 +189,8 @@ def test_recommend_maps_external_ids_and_keeps_the_order(runs, tmp_path):
         (["distill", "--online", "--signal", "logits", "--num-layers", "9", "-o", "x"], "would have 9 layers"),
         (["distill", "--online", "--direction-weight", "0", "--magnitude-weight", "0"], "nothing follows the teacher"),
         (["distill", "--online", "--features", "live"], "none are stored"),
+        (["distill", "--features", "live", "--keep-features"], "at every step are not stored"),
+        (["distill", "--features", "live", "--feature-dtype", "float32"], "at every step are not stored"),
         (["distill", "--hidden-size", "32", "-o", "x"], "cannot be copied"),
         (["distill", "-m", "{runs}/items", "-o", "x"], "without a decoder"),
         (["distill", "-m", "{runs}/data", "-o", "x"], "is a dataset .*expected a checkpoint"),

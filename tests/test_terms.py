@@ -102,6 +102,36 @@ def test_online_logits_are_the_divergence_of_the_adapters_and_none_of_equal_mode
     assert objective(batch)["logits_block_1"].item() == pytest.approx(0.0, abs=1e-5)
 
 
+def moved(term, model):
+    """Whether a term has a gradient in a model's layers."""
+    layers = list(model.decoder.layers.parameters())
+    found = torch.autograd.grad(term, layers, retain_graph=True, allow_unused=True)
+    return any(value is not None and bool(value.any()) for value in found)
+
+
+@pytest.mark.parametrize(("loss", "share"), [("paper", 1 / 2), ("repo", 1.0)])
+def test_online_the_teacher_learns_by_its_own_scores_and_its_adapters_by_theirs(teacher, samples, loss, share):
+    settings = config(
+        num_layers=3, num_blocks=3, supervision_weight=0.25, loss=loss, online=OnlineConfig(signal="logits"),
+        **NO_FEATURES,
+    )  # fmt: skip
+    student = build_student(teacher, settings).eval()
+    objective = OnlineObjective(teacher, DistillObjective(student, settings, teacher.hidden_size))
+    batch = samples.batch(np.arange(4))
+    terms, wanted = objective(batch), batch.targets != 0
+    states, targets = teacher(batch.item_ids), batch.targets[wanted] - 1
+    expected = torch.nn.functional.cross_entropy(teacher.logits(states[-1][wanted]), targets)
+    assert terms["teacher_ce"].item() == pytest.approx(expected.item(), rel=1e-4)
+    for block, end in ((1, 1), (2, 2)):  # blocks of 4 layers in 3 end after layers 1, 2 and 3, counted from 0
+        scores = objective.teacher_adapters[block - 1](states[end + 1][wanted]) @ teacher.item_outputs().T
+        expected = 0.25 * share * torch.nn.functional.cross_entropy(scores, targets)
+        assert terms[f"teacher_supervision_block_{block}"].item() == pytest.approx(expected.item(), rel=1e-4)
+    for name, term in terms.items():
+        own = name.startswith("teacher_")
+        assert (moved(term, teacher), moved(term, student)) == (own, not own), name
+    assert terms["ce"].item() != pytest.approx(terms["teacher_ce"].item(), rel=1e-3)
+
+
 def test_every_requested_term_changes_the_gradient(teacher, samples):
     batch = batch_with_features(teacher, samples, np.arange(4), num_blocks=2)
 
