@@ -40,6 +40,7 @@ def cell(path: Path, key: str, compute: Callable[[], dict[str, Any]]) -> dict[st
 def measured(artifact: Artifact, data: Dataset) -> dict[str, Any]:
     """Accuracy on both splits, and the rank of every test user's target (-1 = not among 100)."""
     found: dict[str, Any] = {"hash": artifact.hash, "settings": artifact.settings}
+    found["parents"] = {name: entry["hash"] for name, entry in artifact.manifest["parents"].items()}
     recommender = load_recommender(artifact)
     for split in ("validation", "test"):
         cases, protocol = held_out_cases(data.sequences, split)

@@ -135,7 +135,8 @@ RATIOS = {
     "store, 4 from 8": ("live 8 layers", "stored"),
     "store, 4 from 30": ("live 30 layers", "stored"),
     "decoder step, 4 against 30": ("decoder of 30", "decoder of 4"),
-    "training step, 4 against 30": ("training step of 30, CE", "training step of 4, CE"),
+    "training step with the item head, 4 against 30": ("training step of 30, CE", "training step of 4, CE"),
+    "the same, 4 distilled from the store": ("training step of 30, CE", "stored"),
 }
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from choosing import choosing, item_scaling
 from scale_tables import bulk, scale, scale_bytes
+from study_tables import slmrec
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -89,42 +90,6 @@ def baselines(entry: dict[str, Any]) -> str:
 
 def _figure(value: float | list[float]) -> str:
     return " to ".join(f"{end:.4f}" for end in (value if isinstance(value, list) else [value]))
-
-
-def slmrec(entry: dict[str, Any]) -> str:
-    """SLMRec's rows on one data set, means over seeds; the paired test is against the student trained by CE alone."""
-    timed = entry["result"]["rows"][0]["p50_ms"] is not None
-    rows = [
-        "| | HR@1 | HR@10 | NDCG@10 (95 % interval over users) | by seed | of the teacher's | against CE, p (Holm) "
-        "| mean rank |" + timed * " p50, batch 1 |"
-    ]
-    rows += ["|---|---|---|---|---|---|---|---|" + timed * "---|"]
-    for line in entry["result"]["rows"]:
-        low, high = line["ndcg@10_interval"]
-        by_seed = ", ".join(f"{value:.4f}" for value in line["ndcg@10_by_seed"])
-        tested = "" if line["p"] is None else f"{line['difference']['estimate']:+.4f}, {line['p_holm']:.2g}"
-        hr_1, hr_10, ndcg_10 = (line["test"][metric] for metric in ("hr@1", "hr@10", "ndcg@10"))
-        cells = [
-            line["row"],
-            f"{hr_1:.4f}",
-            f"{hr_10:.4f}",
-            f"{ndcg_10:.4f} ({low:.3f} to {high:.3f})",
-            by_seed,
-            f"{line['of_teacher'][0]:.3f}",
-            tested,
-            f"{line['rank']:.1f}",
-            *([f"{line['p50_ms']:.1f} ms"] if timed else []),
-        ]
-        rows.append("| " + " | ".join(cells) + " |")
-    if known := entry["result"].get("teacher_against_sasrec"):
-        rows += ["", f"The teacher against SASRec-CE: {known['estimate']:+.4f} ({known['low']:+.4f} to "
-                     f"{known['high']:+.4f}), p = {known['p']:.2g}."]  # fmt: skip
-    for line in entry["result"].get("shared_table", []):
-        if line["row"].startswith("SLMRec + list"):
-            low, high = line["difference"]["low"], line["difference"]["high"]
-            rows += ["", f"{line['row']} against CE + shared table: {line['difference']['estimate']:+.4f} "
-                         f"({low:+.4f} to {high:+.4f}), p = {line['p_holm']:.2g} after Holm."]  # fmt: skip
-    return "\n".join(rows)
 
 
 def orthogonality(entry: dict[str, Any]) -> str:

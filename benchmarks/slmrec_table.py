@@ -8,7 +8,7 @@ teacher is there); their cells, copied into the folders of one --runs, are put t
 With --one-teacher the students of all seeds follow the first seed's teacher, and --repeat names the rows that are
 made for every seed where the others have the first's alone. Every student row has the same initialisation, item table,
 batches, steps and learning rate; validation chooses the epoch, test is read once. Finished cells are kept below
---runs, and an interrupted table goes on where it was.
+--runs, and an interrupted table goes on where it was. The tables of docs/method.md name their rows by --rows.
 """
 
 import argparse
@@ -53,6 +53,11 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "CE + shared table": NONE | {"item_table": "frozen"},
     "SLMRec + shared table": {"item_table": "frozen"},
     "SLMRec + list x 5 + shared table": {"item_table": "frozen", "list_weight": 5.0},
+    "SLMRec by the published code's sums": {"loss": "repo"},
+    "SLMRec by unscaled distances": {"magnitude_scale": "none"},
+    "SLMRec from the teacher's first layers": {"init": "teacher-first"},
+    "CE from the backbone": NONE | {"init": "backbone"},
+    "SLMRec from the backbone": {"init": "backbone"},
     "features x 20": {"direction_weight": 20.0, "magnitude_weight": 2.0, "supervision_weight": 0.0},
     "features x 20 + list x 5": {
         "direction_weight": 20.0,
@@ -61,8 +66,9 @@ STUDENTS: dict[str, dict[str, Any]] = {
         "list_weight": 5.0,
     },
 }
-"""The teacher is the row "teacher", SASRec the row "SASRec-CE"; the others differ in their loss alone. On Beauty the
-paper's weights give the feature terms 2 % of cross-entropy's gradient norm, hence the last two."""
+"""The teacher is the row "teacher", SASRec the row "SASRec-CE"; the others differ in their loss alone, or in the layers
+they start from where they say so. On Beauty the paper's weights give the feature terms 2 % of cross-entropy's gradient
+norm, hence the last two."""
 
 _NAMES = {name for row in STUDENTS.values() for name in row}
 WEIGHTS = {one.name: one.default for one in fields(DistillConfig) if one.name in _NAMES}
@@ -157,25 +163,29 @@ def fill(
     return rows
 
 
-def finished(runs: Path, seeds: list[int], wanted: list[str], num_users: int) -> dict[str, list[dict[str, Any]]]:
+def finished(runs: Path, seeds: list[int], wanted: list[str], data: Dataset) -> dict[str, list[dict[str, Any]]]:
     """Row -> its cells as processes elsewhere left them, one a seed; the models need not be here.
 
     Raises:
-        SystemExit: a cell is of another seed, data set or row.
+        SystemExit: a cell is of another seed, data set, teacher or row.
     """
     rows: dict[str, list[dict[str, Any]]] = {}
-    for row in dict.fromkeys(["SASRec-CE", "teacher", *wanted]):
-        for seed in seeds:
+    for seed in seeds:
+        made: dict[str, dict[str, Any]] = {}
+        for row in dict.fromkeys(["SASRec-CE", "teacher", *wanted]):
             path = runs / f"seed-{seed}" / "cells" / f"{row}.json"
-            made = json.loads(path.read_text(encoding="utf-8"))
-            found = {"seed": made["settings"]["train"]["seed"], "users": len(made["ranks"])}
-            if found != {"seed": seed, "users": num_users}:
-                raise SystemExit(f"{path} has {found}; expected seed {seed} and {num_users} users of --data")
+            made[row] = json.loads(path.read_text(encoding="utf-8"))
+            settings = made[row]["settings"]
+            parent = {"SASRec-CE": {}, "teacher": {"items": "SASRec-CE"}}.get(row, {"teacher": "teacher"})
+            expected = {"data": data.hash} | {name: made[other]["hash"] for name, other in parent.items()}
+            if made[row]["parents"] != expected or settings["train"]["seed"] != seed:
+                found = made[row]["parents"] | {"seed": settings["train"]["seed"]}
+                raise SystemExit(f"{path} is of {found}; expected are {expected} and seed {seed}")
             if row in STUDENTS:
-                weights = {one: made["settings"][one] for one in WEIGHTS}
-                if weights != WEIGHTS | STUDENTS[row]:
-                    raise SystemExit(f"{path} was trained with {weights}, not as the row {row}")
-            rows.setdefault(row, []).append(made)
+                first = made[next(other for other in made if other in STUDENTS)]["settings"]
+                if settings != first | WEIGHTS | STUDENTS[row]:
+                    raise SystemExit(f"{path} was trained with {settings}, not as the row {row}")
+            rows.setdefault(row, []).append(made[row])
     return rows
 
 
@@ -217,7 +227,7 @@ def main() -> None:
     if arguments.from_cells:
         if arguments.one_teacher or arguments.repeat:
             parser.error("--from-cells takes every row of every seed: no --one-teacher, no --repeat")
-        rows = finished(runs, seeds, wanted, data.info["num_users"])
+        rows = finished(runs, seeds, wanted, data)
     else:
         rows = fill(arguments.name, data, runs, wanted_by_seed, one_teacher=arguments.one_teacher)
     if "CE" not in rows:
@@ -228,7 +238,7 @@ def main() -> None:
     for line in lines:
         line["p50_ms"] = milliseconds.get(line["row"])
     known = compare(user_ndcg(rows["teacher"]), user_ndcg(rows["SASRec-CE"]))
-    info = {key: data.info[key] for key in ("num_users", "num_items", "num_interactions")}
+    info = {key: data.info[key] for key in ("num_users", "num_items", "num_interactions", "num_tied_targets")}
     result = {"dataset": info | {"hash": data.hash}, "one_teacher": arguments.one_teacher, "rows": lines}
     result["teacher_against_sasrec"] = vars(known.difference) | {"p": known.p_value}
     if arguments.from_cells:

@@ -1,4 +1,4 @@
-"""Tables of the studies, for docs/: depth_study.py, reviewers.py, controls.py, prices.py, request_times.py."""
+"""Tables of SLMRec and its studies, for docs/method.md."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,6 +21,55 @@ NAMES = {
 """Rows of reviewers.py and controls.py in full."""
 
 
+def slmrec(entry: dict[str, Any]) -> str:
+    """SLMRec's rows on one data set, means over seeds; the paired test is against the student trained by CE alone."""
+    timed = entry["result"]["rows"][0]["p50_ms"] is not None
+    rows = [
+        "| | HR@1 | HR@10 | NDCG@10 (95 % interval over users) | by seed | of the teacher's | against CE, p (Holm) "
+        "| mean rank |" + timed * " p50, batch 1 |"
+    ]
+    rows += ["|---|---|---|---|---|---|---|---|" + timed * "---|"]
+    for line in entry["result"]["rows"]:
+        low, high = line["ndcg@10_interval"]
+        by_seed = ", ".join(f"{value:.4f}" for value in line["ndcg@10_by_seed"])
+        tested = "" if line["p"] is None else f"{line['difference']['estimate']:+.4f}, {line['p_holm']:.2g}"
+        hr_1, hr_10, ndcg_10 = (line["test"][metric] for metric in ("hr@1", "hr@10", "ndcg@10"))
+        cells = [
+            line["row"],
+            f"{hr_1:.4f}",
+            f"{hr_10:.4f}",
+            f"{ndcg_10:.4f} ({low:.3f} to {high:.3f})",
+            by_seed,
+            f"{line['of_teacher'][0]:.3f}",
+            tested,
+            f"{line['rank']:.1f}",
+            *([f"{line['p50_ms']:.1f} ms"] if timed else []),
+        ]
+        rows.append("| " + " | ".join(cells) + " |")
+    if known := entry["result"].get("teacher_against_sasrec"):
+        rows += ["", f"The teacher against SASRec-CE: {known['estimate']:+.4f} ({known['low']:+.4f} to "
+                     f"{known['high']:+.4f}), p = {known['p']:.2g}."]  # fmt: skip
+    for line in entry["result"].get("shared_table", []):
+        if line["row"].startswith("SLMRec + list"):
+            low, high = line["difference"]["low"], line["difference"]["high"]
+            rows += ["", f"{line['row']} against CE + shared table: {line['difference']['estimate']:+.4f} "
+                         f"({low:+.4f} to {high:+.4f}), p = {line['p_holm']:.2g} after Holm."]  # fmt: skip
+    data, seeds = entry["result"]["dataset"], len(entry["result"]["rows"][0]["ndcg@10_by_seed"])
+    tied = (
+        f", of whom {data['num_tied_targets']} have their last two events at once" if "num_tied_targets" in data else ""
+    )
+    note = (
+        f"Test split, {data['num_users']:,} users{tied}, full catalogue, past excluded; {counted(seeds)}; SmolLM2-135M "
+        "de-quantized from Q4_1."
+    )
+    return "\n".join([*rows, "", note])
+
+
+def counted(seeds: int) -> str:
+    """How many seeds, in words of a caption."""
+    return f"{seeds} seeds" if seeds > 1 else "one seed"
+
+
 def depth_study(entry: dict[str, Any]) -> str:
     """Teachers trained at a depth, beside the deepest one read at that depth."""
     result = entry["result"]
@@ -35,8 +84,7 @@ def depth_study(entry: dict[str, Any]) -> str:
         cells += [", ".join(f"{value:.4f}" for value in values)] * by_seed
         cells += [f"{exits[layers - 1]:.4f}" for exits in result["exits"].values()]
         rows.append(f"| {' | '.join(cells)} |")
-    many = f"{seeds} seeds" if by_seed else "one seed"
-    return "\n".join([*rows, "", f"SASRec-CE: {result['sasrec']:.4f}; {many}, exits those of the first."])
+    return "\n".join([*rows, "", f"SASRec-CE: {result['sasrec']:.4f}; {counted(seeds)}, exits those of the first."])
 
 
 def reviewers(entry: dict[str, Any]) -> str:

@@ -49,6 +49,16 @@ def test_every_row_of_the_reviewers_questions_can_be_distilled_from_a_teacher_of
     assert same.supervision_weight == 0
 
 
+def test_every_row_of_the_tables_can_be_distilled_and_is_named_by_a_flag(study, tiny_model):
+    study = study("slmrec_table")
+    teacher, base = tiny_model(num_layers=8, prompt="none").eval(), study.recipes("ml-100k", 0)[2]
+    configs = {row: replace(base, **weights) for row, weights in study.STUDENTS.items()}
+    assert len(set(map(str, configs.values()))) == len(configs), "two rows are the same"
+    for row, config in configs.items():
+        require_distillable(teacher, config)
+        assert "," not in row
+
+
 def test_a_question_is_answered_by_the_pair_of_rows_that_it_is_about(study):
     study, generator = study("reviewers"), np.random.default_rng(0)
     assert {row for pair in study.ASKED for row in pair} <= {*study.variants(seed=0), "SLMRec"}

@@ -159,31 +159,43 @@ def test_a_table_is_put_together_from_cells_made_elsewhere_and_lacks_none_silent
             metrics = dict.fromkeys(cells.METRICS, 0.1 * (seed + 1))
             path = tmp_path / f"seed-{seed}" / "cells" / f"{row}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
-            content = {"ranks": ranks, "test": metrics, "validation": metrics, "seconds": 1}
+            content = {"ranks": ranks, "test": metrics, "validation": metrics, "seconds": 1, "hash": f"{row} {seed}"}
+            parent = {"teacher": {"items": f"SASRec-CE {seed}"}, "CE": {"teacher": f"teacher {seed}"}}.get(row, {})
             settings = {"train": {"seed": seed}, **(table.WEIGHTS | table.STUDENTS.get(row, {}))}
-            path.write_text(json.dumps(content | {"settings": settings}))
-    rows = table.finished(tmp_path, [0, 1], ["CE"], 300)
+            path.write_text(json.dumps(content | {"settings": settings, "parents": {"data": "known"} | parent}))
+    data = SimpleNamespace(hash="known")
+    rows = table.finished(tmp_path, [0, 1], ["CE"], data)
     found = {row: [one["test"]["mrr"] for one in cells_of] for row, cells_of in rows.items()}
     assert found == {row: [0.1, 0.2] for row in ("SASRec-CE", "teacher", "CE")}
     lines = [line | {"p50_ms": None} for line in cells.summarize(rows, against="CE", teacher="teacher")]
     known = {"estimate": 0.002, "low": 0.001, "high": 0.003, "p": 0.012}
-    shown = readme.slmrec({"result": {"rows": lines, "teacher_against_sasrec": known}})
+    users = {"num_users": 1300, "num_tied_targets": 7}
+    shown = readme.slmrec({"result": {"dataset": users, "rows": lines, "teacher_against_sasrec": known}})
+    assert "Test split, 1,300 users, of whom 7 have" in shown
+    assert "; 2 seeds; " in shown
     assert "p50" not in shown
     assert "The teacher against SASRec-CE: +0.0020 (+0.0010 to +0.0030), p = 0.012." in shown
     assert shown.count("0.1000, 0.2000") == 3
     with pytest.raises(FileNotFoundError):
-        table.finished(tmp_path, [0, 1, 2], ["CE"], 300)
-    with pytest.raises(SystemExit, match="301 users"):
-        table.finished(tmp_path, [0, 1], ["CE"], 301)
+        table.finished(tmp_path, [0, 1, 2], ["CE"], data)
+    with pytest.raises(SystemExit, match=r"expected are .*'another'"):
+        table.finished(tmp_path, [0, 1], ["CE"], SimpleNamespace(hash="another"))
     made = tmp_path / "seed-1" / "cells"
     other = json.loads((made / "CE.json").read_text())
     for row in ("SLMRec", "SLMRec + list", "CE + shared table"):  # whose settings are not those of the row CE
         (made / f"{row}.json").write_text(json.dumps(other))
         with pytest.raises(SystemExit, match="not as the row " + row.replace("+", r"\+")):
-            table.finished(tmp_path, [1], [row], 300)
+            table.finished(tmp_path, [1], ["CE", row], data)
+    longer = other | {"settings": other["settings"] | table.STUDENTS["SLMRec + list"] | {"num_layers": 6}}
+    (made / "SLMRec + list.json").write_text(json.dumps(longer))
+    with pytest.raises(SystemExit, match=r"not as the row SLMRec \+ list"):
+        table.finished(tmp_path, [1], ["CE", "SLMRec + list"], data)
+    (made / "CE.json").write_text(json.dumps(other | {"parents": other["parents"] | {"teacher": "a later one"}}))
+    with pytest.raises(SystemExit, match=r"'a later one'.* expected are .*'teacher 1'"):
+        table.finished(tmp_path, [1], ["CE"], data)
     (made / "CE.json").write_text((tmp_path / "seed-0" / "cells" / "CE.json").read_text())
-    with pytest.raises(SystemExit, match="expected seed 1"):
-        table.finished(tmp_path, [1], ["CE"], 300)
+    with pytest.raises(SystemExit, match=r"expected are .* and seed 1"):
+        table.finished(tmp_path, [1], ["CE"], data)
 
 
 def test_the_ideal_queue_is_lindleys_where_batches_are_of_one_and_joins_what_waits_where_not(study):
