@@ -9,6 +9,7 @@ ML-100K; exits are those of the first seed; cells are kept below --runs and foun
 
 import argparse
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,13 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import torch
-from cells import cell, measured
+from cells import cell, measured, user_ndcg
 from recording import RESULTS, record
 from slmrec_table import prepared, recipes
 
 from slmrec.artifact import Artifact
 from slmrec.dataset import Dataset
-from slmrec.metrics import ndcg, ranks_of_targets
+from slmrec.metrics import mean_intervals, ndcg, ranks_of_targets
 from slmrec.models.checkpoint import load_decoder
 from slmrec.models.decoder import DecoderModel
 from slmrec.models.ranking import TorchRecommender
@@ -83,21 +84,22 @@ def exits(artifact: Artifact, data: Dataset) -> dict[str, Any]:
     return {"exits": found, "test": {"ndcg@10": found["with the final norm"][-1]}}
 
 
+def accuracy(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Test NDCG@10 by seed, and the 95 % interval over users of its mean."""
+    [interval] = mean_intervals(user_ndcg(cells)[:, None])
+    return {"test_ndcg@10": [one["test"]["ndcg@10"] for one in cells], "interval": [interval.low, interval.high]}
+
+
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Accuracy against depth: one line of trained teachers, two of exits."""
+    """Accuracy against depth: one line of trained teachers with their intervals over users, two of exits."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     depths = [row["num_layers"] for row in result["trained"]]
     means = np.array([np.mean(row["test_ndcg@10"]) for row in result["trained"]])
-    spread = np.array([[np.min(row["test_ndcg@10"]), np.max(row["test_ndcg@10"])] for row in result["trained"]])
+    intervals = np.array([row["interval"] for row in result["trained"]])
     axes.errorbar(
-        depths,
-        means,
-        yerr=np.abs(spread.T - means),
-        marker="o",
-        capsize=3,
-        label="trained at this depth",
-        color="#0072B2",
-    )
+        depths, means, yerr=np.abs(intervals.T - means), marker="o", capsize=3, color="#0072B2",
+        label="trained at this depth (95 % over users)",
+    )  # fmt: skip
     for (name, values), colour in zip(result["exits"].items(), ("#D55E00", "#999999"), strict=True):
         axes.plot(range(1, len(values) + 1), values, marker=".", color=colour, label=f"early exit, {name}")
     axes.axhline(result["sasrec"], color="black", linewidth=0.8, linestyle="--", label="SASRec-CE")
@@ -116,7 +118,7 @@ def main() -> None:
     arguments = parser.parse_args()
     depths, seeds = ([int(n) for n in text.split(",")] for text in (arguments.depths, arguments.seeds))
     data = prepared("ml-100k", None, arguments.runs)
-    trained: dict[int, list[float]] = {depth: [] for depth in depths}
+    trained: dict[int, list[dict[str, Any]]] = {depth: [] for depth in depths}
     sasrec, deepest = [], None
     for seed in seeds:
         items_config, teacher_config, _ = recipes("ml-100k", seed)
@@ -131,13 +133,13 @@ def main() -> None:
             found = cell(at / "cells" / f"teacher-{depth}.json", teacher.hash, lambda t=teacher: measured(t, data))
             if depth == max(depths) and seed == seeds[0]:
                 deepest = teacher
-            trained[depth].append(found["test"]["ndcg@10"])
+            trained[depth].append(found)
     assert deepest is not None
     early = cell(arguments.runs / "exits.json", deepest.hash, lambda: exits(deepest, data))["exits"]
     result = {
         "dataset": "ml-100k",
         "sasrec": float(np.mean(sasrec)),
-        "trained": [{"num_layers": depth, "test_ndcg@10": values} for depth, values in trained.items()],
+        "trained": [{"num_layers": depth} | accuracy(cells) for depth, cells in trained.items()],
         "exits": early,
     }
     record("depth_study", result)

@@ -75,12 +75,13 @@ def depth_study(entry: dict[str, Any]) -> str:
     result = entry["result"]
     seeds = len(result["trained"][0]["test_ndcg@10"])
     by_seed = seeds > 1
-    head = ["layers", f"trained at this depth{', mean' * by_seed}", *["by seed"] * by_seed]
+    head = ["layers", "trained at this depth (95 % interval over users)", *["by seed"] * by_seed]
     head += [f"the deepest, read there {way}" for way in result["exits"]]
     rows = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for line in result["trained"]:
         layers, values = line["num_layers"], line["test_ndcg@10"]
-        cells = [str(layers), f"{np.mean(values):.4f}"]
+        low, high = line["interval"]
+        cells = [str(layers), f"{np.mean(values):.4f} ({low:.3f} to {high:.3f})"]
         cells += [", ".join(f"{value:.4f}" for value in values)] * by_seed
         cells += [f"{exits[layers - 1]:.4f}" for exits in result["exits"].values()]
         rows.append(f"| {' | '.join(cells)} |")

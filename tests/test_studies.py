@@ -240,10 +240,11 @@ def test_tables_of_the_reviewers_questions_say_what_was_measured(study):
     tables = study("study_tables")
     exits = {"with the final norm": [0.01, 0.02, 0.03], "without": [0.04, 0.05, 0.06]}
     trained = [{"num_layers": 1, "test_ndcg@10": [0.1, 0.2]}, {"num_layers": 3, "test_ndcg@10": [0.3, 0.5]}]
+    trained = [line | {"interval": [0.12, 0.18]} for line in trained]
     shown = tables.depth_study({"result": {"trained": trained, "exits": exits, "sasrec": 0.07}}).splitlines()
     assert shown[2:4] == [
-        "| 1 | 0.1500 | 0.1000, 0.2000 | 0.0100 | 0.0400 |",
-        "| 3 | 0.4000 | 0.3000, 0.5000 | 0.0300 | 0.0600 |",
+        "| 1 | 0.1500 (0.120 to 0.180) | 0.1000, 0.2000 | 0.0100 | 0.0400 |",
+        "| 3 | 0.4000 (0.120 to 0.180) | 0.3000, 0.5000 | 0.0300 | 0.0600 |",
     ]
     assert shown[-1] == "SASRec-CE: 0.0700; 2 seeds, exits those of the first."
     line = {
