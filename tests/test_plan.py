@@ -5,6 +5,7 @@ import json
 import resource
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -97,7 +98,7 @@ def test_micro_batches_and_checkpoints_need_less_memory(runs):
     assert checkpointed < whole / 4
 
 
-def test_a_distillation_is_planned_with_its_feature_store(runs):
+def test_a_distillation_is_planned_with_its_feature_store(runs, monkeypatch):
     shape = ["--backbone", runs / "backbone", "--num-layers", 4, "--prompt", "none", "--epochs", 1]
     result = CliRunner().invoke(main, ["--runs", str(runs), "train-teacher", *map(str, shape)], standalone_mode=False)
     assert result.exception is None
@@ -108,6 +109,12 @@ def test_a_distillation_is_planned_with_its_feature_store(runs):
     assert plan["parameters"]["adapters"] == 64 * ITEM_DIM
     assert plan["parameters"]["decoder"] == sum(v.numel() for v in teacher.decoder.layers[:2].parameters()) + 64
     assert "teacher's features" in text
+    assert plan["disk_free_bytes"] > plan["feature_store_bytes"]
+    assert "do not fit" not in text
+    with monkeypatch.context() as small:
+        small.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=plan["feature_store_bytes"] - 1))
+        _, text = dry_run(runs, "distill", "--num-layers", 2, "--num-blocks", 2, "-o", runs / "new" / "student")
+    assert f"the features do not fit: {runs} has" in text
     narrow, _ = dry_run(runs, "distill", "--num-layers", 2, "--num-blocks", 2, "--hidden-size", 32, "--init", "random")
     assert narrow["parameters"]["projections"] == 2 * 32 * 64
 

@@ -1,5 +1,6 @@
 """distill: the student."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,13 @@ def distill(
             print_result(*trained(there, True), as_json=as_json)
             return
         plan, samples = plan_distillation(teacher, log, config, device)
-        print_result(*planned(output, samples, config.train, plan), as_json=as_json)
+        fields, text = planned(output, samples, config.train, plan)
+        if plan.feature_store_bytes is not None:
+            place = next(folder for folder in output.absolute().parents if folder.is_dir())
+            fields["disk_free_bytes"] = shutil.disk_usage(place).free
+            if fields["disk_free_bytes"] < plan.feature_store_bytes:
+                text += f"\nthe features do not fit: {place} has {fields['disk_free_bytes'] / 1e6:,.1f} MB free"
+        print_result(fields, text, as_json=as_json)
         return
     result = run(teacher, log, output, config, device=device, force=force)
     print_result(*trained(*result), as_json=as_json)
