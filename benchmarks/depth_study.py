@@ -8,6 +8,7 @@ ML-100K; exits are those of the first seed; cells are kept below --runs and foun
 """
 
 import argparse
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -23,7 +24,7 @@ from slmrec_table import prepared, recipes
 
 from slmrec.artifact import Artifact
 from slmrec.dataset import Dataset
-from slmrec.metrics import mean_intervals, ndcg, ranks_of_targets
+from slmrec.metrics import compare, holm, mean_intervals, ndcg, ranks_of_targets
 from slmrec.models.checkpoint import load_decoder
 from slmrec.models.decoder import DecoderModel
 from slmrec.models.ranking import TorchRecommender
@@ -90,6 +91,15 @@ def accuracy(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"test_ndcg@10": [one["test"]["ndcg@10"] for one in cells], "interval": [interval.low, interval.high]}
 
 
+def closest_to_apart(trained: Mapping[int, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """The pair of depths with the smallest p, paired by user and Holm-corrected over all pairs."""
+    pairs = list(itertools.combinations(trained, 2))
+    users = {depth: user_ndcg(cells) for depth, cells in trained.items()}
+    found = [compare(users[one], users[other]) for one, other in pairs]
+    p_holm, first = min(zip(holm([one.p_value for one in found]), range(len(pairs)), strict=True))
+    return {"num_layers": pairs[first], "difference": found[first].difference.estimate, "p_holm": p_holm}
+
+
 def draw(result: dict[str, Any], path: Path) -> None:
     """Accuracy against depth: one line of trained teachers with their intervals over users, two of exits."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
@@ -140,6 +150,7 @@ def main() -> None:
         "dataset": "ml-100k",
         "sasrec": float(np.mean(sasrec)),
         "trained": [{"num_layers": depth} | accuracy(cells) for depth, cells in trained.items()],
+        "closest_to_apart": closest_to_apart(trained),
         "exits": early,
     }
     record("depth_study", result)

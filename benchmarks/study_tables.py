@@ -85,7 +85,13 @@ def depth_study(entry: dict[str, Any]) -> str:
         cells += [", ".join(f"{value:.4f}" for value in values)] * by_seed
         cells += [f"{exits[layers - 1]:.4f}" for exits in result["exits"].values()]
         rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*rows, "", f"SASRec-CE: {result['sasrec']:.4f}; {counted(seeds)}, exits those of the first."])
+    pair = result["closest_to_apart"]
+    note = (
+        f"SASRec-CE: {result['sasrec']:.4f}; {counted(seeds)}, exits those of the first. Of all pairs of depths "
+        f"{pair['num_layers'][0]} and {pair['num_layers'][1]} are the closest to being told apart, "
+        f"p = {pair['p_holm']:.2g} after Holm."
+    )
+    return "\n".join([*rows, "", note])
 
 
 def reviewers(entry: dict[str, Any]) -> str:

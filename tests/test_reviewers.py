@@ -73,6 +73,17 @@ def test_a_question_is_answered_by_the_pair_of_rows_that_it_is_about(study):
     assert single["p_holm"] == pytest.approx(len(study.ASKED) * single["p"])
 
 
+def test_the_depths_that_differ_the_most_surely_are_named(study):
+    generator = np.random.default_rng(0)
+    ranks = generator.integers(1, 12, size=300)
+    trained = {depth: [{"ranks": (ranks - (depth == 8)).tolist()}] for depth in (2, 4, 8)}
+    trained[4][0]["ranks"][0] = 3
+    found = study("depth_study").closest_to_apart(trained)
+    assert 8 in found["num_layers"]
+    assert found["difference"] < 0, "a depth is compared with those after it"
+    assert found["p_holm"] < 0.01
+
+
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_an_early_exit_with_the_final_norm_is_the_decoder_cut_there(study, tiny_model, layer):
     study = study("depth_study")

@@ -241,12 +241,15 @@ def test_tables_of_the_reviewers_questions_say_what_was_measured(study):
     exits = {"with the final norm": [0.01, 0.02, 0.03], "without": [0.04, 0.05, 0.06]}
     trained = [{"num_layers": 1, "test_ndcg@10": [0.1, 0.2]}, {"num_layers": 3, "test_ndcg@10": [0.3, 0.5]}]
     trained = [line | {"interval": [0.12, 0.18]} for line in trained]
-    shown = tables.depth_study({"result": {"trained": trained, "exits": exits, "sasrec": 0.07}}).splitlines()
+    result = {"trained": trained, "exits": exits, "sasrec": 0.07}
+    result["closest_to_apart"] = {"num_layers": [1, 3], "p_holm": 0.22}
+    shown = tables.depth_study({"result": result}).splitlines()
     assert shown[2:4] == [
         "| 1 | 0.1500 (0.120 to 0.180) | 0.1000, 0.2000 | 0.0100 | 0.0400 |",
         "| 3 | 0.4000 (0.120 to 0.180) | 0.3000, 0.5000 | 0.0300 | 0.0600 |",
     ]
-    assert shown[-1] == "SASRec-CE: 0.0700; 2 seeds, exits those of the first."
+    assert shown[-1].startswith("SASRec-CE: 0.0700; 2 seeds, exits those of the first.")
+    assert "1 and 3 are the closest to being told apart, p = 0.22 after Holm." in shown[-1]
     line = {
         "row": "CE", "ndcg@10_interval": [0.1, 0.3], "ndcg@10_by_seed": [0.2, 0.21], "test": {"ndcg@10": 0.205},
         "of_teacher": [0.9], "p": None,
