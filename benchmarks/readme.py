@@ -13,7 +13,7 @@ from typing import Any
 
 from choosing import choosing, item_scaling
 from scale_tables import bulk, scale, scale_bytes
-from study_tables import slmrec
+from study_tables import controls, depth_study, prices, request_times, reviewers, slmrec
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -298,6 +298,13 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "slmrec": slmrec,
     "slmrec_beauty": slmrec,
     "slmrec_ml_1m": slmrec,
+    "slmrec_beauty_terms": slmrec,
+    "request_times_beauty": request_times,
+    "request_times_ml_1m": request_times,
+    "depth_study": depth_study,
+    "reviewers": reviewers,
+    "prices": prices,
+    "controls_ml_100k": controls,
     "distill_speed": distill_speed,
     "eight_bit_ml_100k": eight_bit,
     "eight_bit_beauty": eight_bit,
