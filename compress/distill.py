@@ -14,11 +14,11 @@ from torch import nn
 from compress.features import Reader, StoreSpec, build_store, drop_store, live_reader
 from compress.objective import DistillObjective, OnlineObjective, with_teacher
 from compress.student import build_student, online_teacher_spec, require_distillable
-from slmrec.artifact import Artifact, Stage, existing, replace_json, work_folder
-from slmrec.catalogue import load_catalogue, require_same_catalogue
+from slmrec.artifact import Artifact, Stage, replace_json, work_folder
+from slmrec.begun import existing
 from slmrec.compress_config import DistillConfig
 from slmrec.config import WindowConfig, settings_of
-from slmrec.dataset import Dataset
+from slmrec.dataset import Dataset, require_same_items
 from slmrec.errors import ArtifactError
 from slmrec.evaluate import validation_ndcg
 from slmrec.locks import claimed, one_run_at_a_time
@@ -57,12 +57,7 @@ def distill(
     force: bool = False,
 ) -> tuple[Artifact, bool]:
     """Train a student from a teacher checkpoint; gives the artefact and whether it was there already."""
-    require_same_catalogue(
-        load_catalogue(teacher_artifact.path),
-        data.items,
-        model_name=str(teacher_artifact.path),
-        data_name=str(data.artifact.path),
-    )
+    require_same_items(teacher_artifact, data)
     stage, target = distill_stage(teacher_artifact, data, config), resolve_device(device)
     connect(target)
     there = on_main(lambda: existing(output, stage, force=force))

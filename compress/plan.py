@@ -10,7 +10,7 @@ from compress.features import StoreSpec
 from compress.student import online_teacher_spec, require_distillable, student_spec
 from slmrec.artifact import Artifact
 from slmrec.compress_config import DistillConfig, FeatureConfig
-from slmrec.dataset import Dataset
+from slmrec.dataset import Dataset, require_same_items
 from slmrec.models.checkpoint import build_model, require_decoder
 from slmrec.models.decoder import DecoderModel
 from slmrec.models.ranking import resolve_device
@@ -26,7 +26,9 @@ def plan_distillation(
 
     Raises:
         ConfigError: teacher and student cannot be matched block by block.
+        ArtifactError: the teacher knows other items than the dataset.
     """
+    require_same_items(teacher_artifact, data)
     with torch.device("meta"):
         teacher = require_decoder(build_model(teacher_artifact), teacher_artifact)
         require_distillable(teacher, config)

@@ -16,7 +16,8 @@ from compress.distill import Pair, begun_shelves, drop_shelves, followed
 from compress.importance import damages, keep_layers, user_vector_changes
 from compress.student import require_distillable
 from compress.width import cut_width, require_narrower
-from slmrec.artifact import Artifact, is_up_to_date, open_artifact, publish, replace_json, work_folder, write_json
+from slmrec.artifact import Artifact, open_artifact, publish, replace_json, work_folder, write_json
+from slmrec.begun import existing
 from slmrec.compress_config import DistillConfig, PruneConfig
 from slmrec.config import settings_of
 from slmrec.dataset import Dataset, stage_on
@@ -77,8 +78,9 @@ def prune(
     the turn, and within its healing with the step, that it was at.
     """
     stage = stage_on(data, parent, "prune", "checkpoint", settings_of(config))
-    if is_up_to_date(output, stage, force=force):
-        return open_artifact(output), True
+    there = existing(output, stage, force=force)
+    if there is not None:
+        return there, True
     whole = load_decoder(parent).eval()
     require_finite(whole)
     require_prunable(whole, config, parent)

@@ -119,14 +119,9 @@ def is_made(output: Path, stage: Stage, *, force: bool) -> bool:
     if not force:
         raise ArtifactError(
             f"{output} was made by {manifest['stage']} with other settings or inputs",
-            remedy=f"--force to replace it, or another --output ({_changed_settings(manifest, stage)})",
+            remedy=f"--force to replace it, or another --output ({changed_settings(manifest, stage)})",
         )
     return False
-
-
-def existing(output: Path, stage: Stage, *, force: bool) -> Artifact | None:
-    """The artefact in `output` where it is this very run's; an error as in `is_up_to_date`."""
-    return open_artifact(output) if is_up_to_date(output, stage, force=force) else None
 
 
 @contextlib.contextmanager
@@ -168,9 +163,14 @@ def _published(output: Path, stage: Stage, finish: Callable[[Path], None] | None
 
 def work_folder(output: Path) -> Path:
     """Where a long stage keeps what it needs to be resumed; removed when the stage is done."""
-    folder = output.with_name(f".{output.name}.work")
+    folder = work_path(output)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def work_path(output: Path) -> Path:
+    """Where its `work_folder` is, or would be."""
+    return output.with_name(f".{output.name}.work")
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -321,11 +321,17 @@ def _lineage(stage: Stage) -> list[dict[str, Any]]:
     return list(seen.values())
 
 
-def _changed_settings(manifest: Mapping[str, Any], stage: Stage) -> str:
+def changed_settings(manifest: Mapping[str, Any], stage: Stage) -> str:
+    """What a run differs in from the one that a manifest, or the note of an unfinished run, is of."""
     old, new = _flat(manifest["settings"]), _flat(json.loads(json.dumps(dict(stage.settings), default=str)))
     names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
-    changed = [f"{name}: {str(old.get(name))[:40]} -> {str(new.get(name))[:40]}" for name in names]
+    changed = [f"{name}: {_short(old.get(name))} -> {_short(new.get(name))}" for name in names]
     return "; ".join(changed[:5]) if changed else "its inputs changed"
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 
 from slmrec.artifact import Artifact
-from slmrec.catalogue import load_catalogue, require_same_catalogue
 from slmrec.choice import Constraints, choose, front
 from slmrec.compare import SCHEMA
 from slmrec.config import BenchmarkConfig, settings_of
-from slmrec.dataset import Dataset
+from slmrec.dataset import Dataset, require_same_items
 from slmrec.errors import ConfigError
 from slmrec.evaluate import TEST_PROTOCOL, Accuracy, evaluate
 from slmrec.latency import Memory, Timing, measure_latency, measure_load, requests
@@ -116,12 +115,7 @@ def check_entrants(entrants: Sequence[Entrant], data: Dataset, baseline: str) ->
     if baseline not in names:
         raise ConfigError(f"the baseline {baseline!r} is not measured", remedy=f"--baseline {' or '.join(names)}")
     for entrant in entrants:
-        require_same_catalogue(
-            load_catalogue(entrant.artifact.path),
-            data.items,
-            model_name=str(entrant.artifact.path),
-            data_name=str(data.artifact.path),
-        )
+        require_same_items(entrant.artifact, data)
 
 
 def _ceilings(machine: Mapping[str, Any], config: BenchmarkConfig, say: Say) -> Ceilings | None:

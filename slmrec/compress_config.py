@@ -87,7 +87,7 @@ class DistillConfig:
         require(
             1 <= self.num_blocks <= self.num_layers,
             f"num_layers={self.num_layers} cannot be cut into num_blocks={self.num_blocks} blocks",
-            f"--num-blocks between 1 and {self.num_layers}",
+            self._fewer_blocks(),
         )
         require_choice("init", self.init, ("teacher", "teacher-first", "backbone", "random"))
         require_choice("item_table", self.item_table, ("trainable", "frozen"))
@@ -100,9 +100,14 @@ class DistillConfig:
         require(
             self.supervision_weight == 0 or self.num_blocks >= 2,
             "multiple supervision needs a block before the last, but num_blocks=1",
-            "--num-blocks 2 or more, or --supervision-weight 0",
+            "--supervision-weight 0" + (", or --num-blocks 2 or more" if self.num_layers > 1 else ""),
         )
         self._check_online()
+
+    def _fewer_blocks(self) -> str:
+        if self.num_layers > 1:
+            return f"--num-blocks between 1 and {self.num_layers}"
+        return "--num-blocks 1 --supervision-weight 0" if self.supervision_weight else "--num-blocks 1"
 
     def _check_online(self) -> None:
         if self.online is None:
@@ -133,7 +138,7 @@ class DistillConfig:
         require(
             self.features == FeatureConfig(),
             "online, features are those of the step: none are stored",
-            "--features stored --feature-dtype bfloat16 without --keep-features, or leave out --online",
+            "leave out --features, --feature-dtype and --keep-features, or leave out --online",
         )
 
     @property

@@ -45,10 +45,15 @@ def stage_on(data: Dataset, model: Artifact, name: str, kind: str, settings: Map
     Raises:
         ArtifactError: the two have different catalogues.
     """
+    require_same_items(model, data)
+    return Stage(name=name, kind=kind, settings=settings, parents={"model": model, "data": data.artifact})
+
+
+def require_same_items(model: Artifact, data: Dataset) -> None:
+    """Refuse a model and a dataset whose items differ."""
     require_same_catalogue(
         load_catalogue(model.path), data.items, model_name=str(model.path), data_name=str(data.artifact.path)
     )
-    return Stage(name=name, kind=kind, settings=settings, parents={"model": model, "data": data.artifact})
 
 
 def load_dataset(path: Path) -> Dataset:

@@ -89,7 +89,7 @@ def item_rows(
         first = 0
     if config.items_file is not None:
         return rows_by_file(data.items, num_rows, first, Path(config.items_file))
-    return rows_by_order(data.items, num_rows, first)
+    return rows_by_order(data.items, num_rows, first, padding_optional=convention.may_lack_padding)
 
 
 def build_imported(

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from slmrec.artifact import Artifact, Stage, existing, work_folder
+from slmrec.artifact import Artifact, Stage, work_folder
+from slmrec.begun import existing
 from slmrec.config import SasrecConfig, settings_of
 from slmrec.dataset import Dataset
 from slmrec.evaluate import validation_ndcg

@@ -9,10 +9,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from slmrec.artifact import Artifact, Stage, canonical_hash, existing, file_sha256, work_folder
-from slmrec.catalogue import load_catalogue, require_same_catalogue
+from slmrec.artifact import Artifact, Stage, canonical_hash, file_sha256, work_folder
+from slmrec.begun import existing
 from slmrec.config import RecipeConfig, TeacherConfig, TrainConfig, WindowConfig, settings_of
-from slmrec.dataset import Dataset
+from slmrec.dataset import Dataset, require_same_items
 from slmrec.errors import ArtifactError, ConfigError, DataError
 from slmrec.evaluate import validation_ndcg
 from slmrec.locks import one_run_at_a_time
@@ -138,6 +138,7 @@ def teacher_shape(config: TeacherConfig, items: Artifact, data: Dataset) -> Deco
     """The teacher as it is trained, on the "meta" device: shapes without weights, from the backbone's config alone."""
     from transformers import AutoConfig
 
+    require_same_items(items, data)
     folder = backbone_folder(config.backbone, weights=False)
     settings = decoder_settings(AutoConfig.from_pretrained(folder), config.num_layers)
     prefix, suffix = (len(token_ids(folder, text)) for text in prompt_texts(config.recipe.prompt))
@@ -212,9 +213,7 @@ def train_teacher(
     items: Artifact, data: Dataset, output: Path, config: TeacherConfig, *, device: str = "auto", force: bool = False
 ) -> tuple[Artifact, bool]:
     """Train the teacher; gives the artefact and whether it was there already."""
-    require_same_catalogue(
-        load_catalogue(items.path), data.items, model_name=str(items.path), data_name=str(data.artifact.path)
-    )
+    require_same_items(items, data)
     stage = teacher_stage(config, items, data)
     target = resolve_device(device)
     connect(target)

@@ -180,6 +180,11 @@ def test_pairs_that_cannot_be_matched_are_refused(teacher, tiny_model):
     with pytest.raises(ConfigError, match="linear head"):
         require_distillable(tiny_model(num_layers=4, head="linear"), config())
     require_distillable(tiny_model(num_layers=4, head="linear"), config(supervision_weight=0.0))
+    num_items = teacher.spec.num_items
+    with pytest.raises(ConfigError, match=f"list of the best {num_items + 1} items .* catalogue has {num_items}"):
+        require_distillable(teacher, config(list_weight=1.0, list_size=num_items + 1))
+    require_distillable(teacher, config(list_weight=1.0, list_size=num_items))
+    require_distillable(teacher, config(list_size=num_items + 1))
 
 
 def test_adapters_are_no_part_of_the_student(teacher):
@@ -310,6 +315,9 @@ def test_online_logits_compare_the_adapters_of_both_and_move_the_student_alone(t
         ({"online": OnlineConfig(teacher_gradient=True), **NO_FEATURES}, "nothing follows the teacher"),
         ({"online": OnlineConfig(), "features": FeatureConfig(source="live")}, "none are stored"),
         ({"online": OnlineConfig(), "features": FeatureConfig(keep=True)}, "none are stored"),
+        ({"num_layers": 1}, r"(?s)cannot be cut into num_blocks=2.*Try: --num-blocks 1 --supervision-weight 0$"),
+        ({"num_layers": 1, "num_blocks": 1}, r"(?s)a block before the last.*Try: --supervision-weight 0$"),
+        ({"num_blocks": 1}, r"Try: --supervision-weight 0, or --num-blocks 2 or more$"),
         ({"loss": "both"}, "loss='both' is not known"),
         ({"init": "last"}, "init='last' is not known"),
     ],

@@ -209,6 +209,16 @@ def test_a_hugging_face_decoder_with_an_item_table_reads_and_compares_items_as_t
     assert ((scores - wanted).abs() <= 1e-5 * wanted.abs().max()).all()
 
 
+def test_a_table_without_a_catalogues_rows_is_told_both_sizes_that_would_do(from_one, backbone, tmp_path):
+    write_backbone(tmp_path / "in", seed=4)
+    np.save(tmp_path / "in" / "items.npy", np.ones((NUM_ITEMS + 2, HIDDEN), dtype=np.float32))
+    expected = (
+        rf"has {NUM_ITEMS + 2} rows, .* {NUM_ITEMS + 1} \({NUM_ITEMS} items and a row 0 of padding\) or {NUM_ITEMS}"
+    )
+    with pytest.raises(DataError, match=expected):
+        import_as(from_one, tmp_path / "out", tmp_path / "in", backbone, "--prompt", "none")
+
+
 def test_fewer_layers_can_be_asked_for(from_one, backbone, e4srec, tmp_path):
     folder = write_final(tmp_path / "final", e4srec)
     model, _ = import_as(from_one, tmp_path / "out", folder, backbone, "--num-layers", 2)

@@ -140,6 +140,13 @@ def test_a_pickle_cannot_change_the_functions_it_may_call(tmp_path):
     assert function.__defaults__ == before
 
 
+@pytest.mark.parametrize("content", [b"\x80\x04garb", b"", b"row,item_id\n1,2\n"], ids=["broken", "empty", "text"])
+def test_what_is_no_pickle_is_not_called_untrusted(tmp_path, content):
+    (tmp_path / "t.pkl").write_bytes(content)
+    with pytest.raises(DataError, match=r"(?s)t.pkl is damaged, cut off or no pickle.*the whole file, or"):
+        read_table(tmp_path / "t.pkl")
+
+
 @pytest.mark.parametrize("share", [0.2, 0.6, 0.95])
 @pytest.mark.parametrize("ending", [".pkl", ".npy", ".safetensors", ".bin"])
 def test_a_file_cut_off_is_a_message(tmp_path, ending, share):

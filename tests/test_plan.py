@@ -16,6 +16,7 @@ from slmrec.artifact import open_artifact
 from slmrec.cli.main import main
 from slmrec.config import DataConfig, SasrecConfig, TrainConfig, WindowConfig
 from slmrec.dataset import load_dataset
+from slmrec.errors import ArtifactError
 from slmrec.interactions import prepare_dataset
 from slmrec.models.checkpoint import load_decoder
 from slmrec.models.decoder import FAMILIES, DecoderModel
@@ -41,6 +42,14 @@ def dry_run(runs, *arguments):
         raise result.exception
     text = CliRunner().invoke(main, command, standalone_mode=False).stdout
     return json.loads(result.stdout), text
+
+
+def teacher_of(runs):
+    """The folder of a teacher of four layers; trained once."""
+    shape = ["--backbone", runs / "backbone", "--num-layers", 4, "--prompt", "none", "--epochs", 1]
+    result = CliRunner().invoke(main, ["--runs", str(runs), "train-teacher", *map(str, shape)], standalone_mode=False)
+    assert result.exception is None
+    return runs / "teacher"
 
 
 @pytest.fixture(scope="module")
@@ -98,13 +107,20 @@ def test_micro_batches_and_checkpoints_need_less_memory(runs):
     assert checkpointed < whole / 4
 
 
+def test_datasets_of_other_items_are_refused_by_a_dry_run_too(runs, tmp_path):
+    prepare_dataset([write_log(tmp_path / "log.txt", num_users=50, num_items=33)], tmp_path / "data", DataConfig())
+    shape, other = ["--backbone", runs / "backbone", "--prompt", "none"], ["-d", tmp_path / "data"]
+    with pytest.raises(ArtifactError, match="have different catalogues"):
+        dry_run(runs, "train-teacher", *shape, *other)
+    with pytest.raises(ArtifactError, match="have different catalogues"):
+        dry_run(runs, "distill", "-m", teacher_of(runs), *other)
+
+
 def test_a_distillation_is_planned_with_its_feature_store(runs, monkeypatch):
-    shape = ["--backbone", runs / "backbone", "--num-layers", 4, "--prompt", "none", "--epochs", 1]
-    result = CliRunner().invoke(main, ["--runs", str(runs), "train-teacher", *map(str, shape)], standalone_mode=False)
-    assert result.exception is None
+    path = teacher_of(runs)
     plan, text = dry_run(runs, "distill", "--num-layers", 2, "--num-blocks", 2)
     assert plan["feature_store_bytes"] == plan["num_targets"] * 2 * 64 * 2
-    teacher = load_decoder(open_artifact(runs / "teacher"))
+    teacher = load_decoder(open_artifact(path))
     assert plan["teacher_weights_bytes"] == sum(v.nbytes for v in [*teacher.parameters(), *teacher.buffers()])
     assert plan["parameters"]["adapters"] == 64 * ITEM_DIM
     assert plan["parameters"]["decoder"] == sum(v.numel() for v in teacher.decoder.layers[:2].parameters()) + 64

@@ -58,20 +58,15 @@ def evaluate(
     seed: int,
 ) -> None:
     """Accuracy of one artefact: full-catalogue HR@1/5/10, NDCG@5/10 and MRR."""
-    from slmrec.catalogue import load_catalogue, require_same_catalogue
     from slmrec.cli.loading import choose, choose_student, load_recommender
+    from slmrec.dataset import require_same_items
     from slmrec.evaluate import evaluate as run
     from slmrec.evaluate import held_out_cases
     from slmrec.progress import progress_bar
 
     dataset = _load_data(data)
     artifact = choose(model, "", "slmcompress distill", *RECOMMENDS) if model else choose_student(None)
-    require_same_catalogue(
-        load_catalogue(artifact.path),
-        dataset.items,
-        model_name=str(artifact.path),
-        data_name=str(dataset.artifact.path),
-    )
+    require_same_items(artifact, dataset)
     cases, protocol = held_out_cases(dataset.sequences, split, allow_repeats=allow_repeats)
     recommender = load_recommender(artifact, device)
     if allow_repeats and not getattr(recommender, "signature", {}).get("keep_history", False):

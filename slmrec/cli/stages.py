@@ -5,7 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slmrec.artifact import Artifact, Stage, is_made, open_artifact
+from slmrec.artifact import Artifact, Stage, is_made, open_artifact, work_path
+from slmrec.begun import require_own_progress
 
 if TYPE_CHECKING:
     from slmrec.config import TrainConfig
@@ -45,7 +46,11 @@ def trained(artifact: Artifact, was_there: bool) -> tuple[dict[str, Any], str]:
 
 def already(output: Path, stage: Callable[[], Stage], *, force: bool) -> Artifact | None:
     """What a run would find in its place: this very artefact, none, or an error as the run itself would give."""
-    return open_artifact(output) if output.exists() and is_made(output, stage(), force=force) else None
+    if output.exists() and is_made(output, stage(), force=force):
+        return open_artifact(output)
+    if work_path(output).exists():
+        require_own_progress(output, stage(), force=force)
+    return None
 
 
 def planned(

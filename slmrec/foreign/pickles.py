@@ -35,6 +35,11 @@ def read_pickle(path: Path) -> object:
         with path.open("rb") as stream:
             return TensorUnpickler(stream).load()
     except MALFORMED as error:
+        if not isinstance(error, pickle.UnpicklingError):
+            raise DataError(
+                f"{path} is damaged, cut off or no pickle ({type(error).__name__}: {reason(error)})",
+                remedy="the whole file, or the table as .npy or .safetensors",
+            ) from None
         raise DataError(
             f"{path} is no pickle of tensors alone: {reason(error)}; nothing of it was run",
             remedy="where you trust it, save the table by numpy.save('items.npy', table), and name that file",

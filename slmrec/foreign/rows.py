@@ -15,7 +15,9 @@ from slmrec.errors import DataError
 REMEDY = "--items FILE (csv, parquet or jsonl) with the columns row (of the table, from 0) and item_id (external)"
 
 
-def rows_by_order(items: Catalogue, num_rows: int, first_row: int) -> Int64[np.ndarray, " items"]:
+def rows_by_order(
+    items: Catalogue, num_rows: int, first_row: int, *, padding_optional: bool = False
+) -> Int64[np.ndarray, " items"]:
     """Row of each item, where nobody says which: the table must have exactly the catalogue's items.
 
     The codes number items in their files by the table's own rows. So where the dataset's external ids are numbers
@@ -27,6 +29,7 @@ def rows_by_order(items: Catalogue, num_rows: int, first_row: int) -> Int64[np.n
     """
     if num_rows - first_row != len(items):
         expected = f"{len(items) + first_row} ({len(items)} items{' and a row 0 of padding' if first_row else ''})"
+        expected += f" or {len(items)}" if first_row and padding_optional else ""
         raise DataError(
             f"the item table has {num_rows} rows, expected for this dataset are {expected}",
             remedy=f"the dataset the teacher was trained on (-d/--data), or {REMEDY}",
