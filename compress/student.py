@@ -27,11 +27,6 @@ def require_distillable(teacher: DecoderModel, config: DistillConfig) -> None:
             f"the student would have {config.num_layers} layers, the teacher has {teacher.num_layers}",
             remedy=f"--num-layers {teacher.num_layers} or fewer",
         )
-    if config.list_weight and config.list_size > teacher.spec.num_items:
-        raise ConfigError(
-            f"a list of the best {config.list_size} items was asked for, the catalogue has {teacher.spec.num_items}",
-            remedy=f"--list-size {teacher.spec.num_items} or fewer",
-        )
     if teacher.spec.recipe.head != "tied" and config.supervision_weight:
         raise ConfigError(
             "multiple supervision compares with the item table, which a linear head does not have",

@@ -180,11 +180,6 @@ def test_pairs_that_cannot_be_matched_are_refused(teacher, tiny_model):
     with pytest.raises(ConfigError, match="linear head"):
         require_distillable(tiny_model(num_layers=4, head="linear"), config())
     require_distillable(tiny_model(num_layers=4, head="linear"), config(supervision_weight=0.0))
-    num_items = teacher.spec.num_items
-    with pytest.raises(ConfigError, match=f"list of the best {num_items + 1} items .* catalogue has {num_items}"):
-        require_distillable(teacher, config(list_weight=1.0, list_size=num_items + 1))
-    require_distillable(teacher, config(list_weight=1.0, list_size=num_items))
-    require_distillable(teacher, config(list_size=num_items + 1))
 
 
 def test_adapters_are_no_part_of_the_student(teacher):

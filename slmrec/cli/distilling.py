@@ -52,7 +52,7 @@ from slmrec.errors import ConfigError
     "--l2-scale", "magnitude_scale", type=click.Choice(["hidden", "none"]), default="hidden", show_default=True
 )
 @click.option("--list-weight", default=0.0, show_default=True, help="Divergence from the teacher's best items' scores.")
-@click.option("--list-size", default=50, show_default=True, help="Best items the list term compares.")
+@click.option("--list-size", default=50, show_default=True, help="Best items the list term compares, or all.")
 @click.option(
     "--features",
     "source",
