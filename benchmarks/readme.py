@@ -299,6 +299,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "slmrec_beauty": slmrec,
     "slmrec_ml_1m": slmrec,
     "slmrec_beauty_terms": slmrec,
+    "slmrec_ml_1m_terms": slmrec,
     "request_times_beauty": request_times,
     "request_times_ml_1m": request_times,
     "depth_study": depth_study,
