@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from slmrec.changes import changed_settings
 from slmrec.errors import ArtifactError, ConfigError
 from slmrec.locks import claimed
 from slmrec.versions import library_versions
@@ -117,9 +118,10 @@ def is_made(output: Path, stage: Stage, *, force: bool) -> bool:
         open_artifact(output)
         return True
     if not force:
+        changed = changed_settings(manifest["settings"], stage.settings)
         raise ArtifactError(
             f"{output} was made by {manifest['stage']} with other settings or inputs",
-            remedy=f"--force to replace it, or another --output ({changed_settings(manifest, stage)})",
+            remedy=f"--force to replace it, or another --output ({changed})",
         )
     return False
 
@@ -319,26 +321,6 @@ def _lineage(stage: Stage) -> list[dict[str, Any]]:
         for entry in [*parent.manifest["lineage"], own]:
             seen.setdefault((entry["stage"], entry["hash"]), entry)
     return list(seen.values())
-
-
-def changed_settings(manifest: Mapping[str, Any], stage: Stage) -> str:
-    """What a run differs in from the one that a manifest, or the note of an unfinished run, is of."""
-    old, new = _flat(manifest["settings"]), _flat(json.loads(json.dumps(dict(stage.settings), default=str)))
-    names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
-    changed = [f"{name}: {_short(old.get(name))} -> {_short(new.get(name))}" for name in names]
-    return "; ".join(changed[:5]) if changed else "its inputs changed"
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
 
 
 def _require_ours(output: Path) -> None:

@@ -6,13 +6,13 @@ from pathlib import Path
 from slmrec.artifact import (
     Artifact,
     Stage,
-    changed_settings,
     is_up_to_date,
     open_artifact,
     replace_json,
     work_folder,
     work_path,
 )
+from slmrec.changes import changed_settings
 from slmrec.errors import ArtifactError
 
 RUN_FILE = "run.json"
@@ -45,7 +45,7 @@ def require_own_progress(output: Path, stage: Stage, *, force: bool) -> None:
         return
     begun = json.loads((work / RUN_FILE).read_text(encoding="utf-8"))
     if begun["key"] != stage.key:
-        changed = f" ({changed_settings(begun, stage)})" if begun["stage"] == stage.name else ""
+        changed = f" ({changed_settings(begun['settings'], stage.settings)})" if begun["stage"] == stage.name else ""
         raise ArtifactError(
             f"{output} was begun by {begun['stage']} with other settings or inputs, and can still go on",
             remedy=f"the settings it was begun with, --force to discard its progress, or another --output{changed}",

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from slmrec.artifact import Artifact
+from slmrec.changes import flat_settings
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ def differences(old: Artifact, new: Artifact) -> list[Difference]:
     """Everything but dates and places; empty exactly where both hold the same bytes made in the same way."""
     before, after = old.manifest, new.manifest
     found = _of("artefact", *({name: one[name] for name in ("kind", "stage")} for one in (before, after)))
-    found += _of("settings", _flat(before["settings"]), _flat(after["settings"]))
+    found += _of("settings", flat_settings(before["settings"]), flat_settings(after["settings"]))
     found += _of("lineage", _stages(before), _stages(after))
     found += _of("versions", before["versions"], after["versions"])
     return found + _of("files", _files(before), _files(after))
@@ -38,13 +39,6 @@ def _of(what: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Diffe
     return [Difference(what, name, old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)]
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        return {prefix: value}
-    inner = [_flat(own, f"{prefix}.{name}" if prefix else str(name)) for name, own in value.items()]
-    return {name: leaf for part in inner for name, leaf in part.items()}
-
-
 def _stages(manifest: Mapping[str, Any]) -> dict[str, str]:
     """Ancestors by stage and number, as short hashes."""
     counted: dict[str, int] = {}
@@ -53,7 +47,7 @@ def _stages(manifest: Mapping[str, Any]) -> dict[str, str]:
         number = counted[entry["stage"]] = counted.get(entry["stage"], 0) + 1
         name = entry["stage"] if number == 1 else f"{entry['stage']} {number}"
         found[name] = entry["hash"][:12]
-        found |= {f"{name}.{setting}": value for setting, value in _flat(entry["settings"]).items()}
+        found |= {f"{name}.{setting}": value for setting, value in flat_settings(entry["settings"]).items()}
     return found
 
 
