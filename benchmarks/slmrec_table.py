@@ -135,14 +135,19 @@ def fill_students(
     name: str, data: Dataset, teacher: Artifact, at: Path, seed: int, wanted: list[str]
 ) -> dict[str, dict[str, Any]]:
     """The wanted student rows of one seed."""
-    student_config, found = recipes(name, seed)[2], {}
-    for row, weights in STUDENTS.items():
-        if row in wanted:
-            config = replace(student_config, features=FeatureConfig(keep=True), **weights)
-            key = distill_stage(teacher, data, config).key
-            path = at / "cells" / f"{row}.json"
-            found[row] = cell(path, key, lambda c=config, r=row: _student(teacher, data, at / r, c))
-    return found
+    student_config = recipes(name, seed)[2]
+    return {
+        row: student_cell(data, teacher, at, row, replace(student_config, **weights))
+        for row, weights in STUDENTS.items()
+        if row in wanted
+    }
+
+
+def student_cell(data: Dataset, teacher: Artifact, at: Path, row: str, config: DistillConfig) -> dict[str, Any]:
+    """One student's cell, the teacher's features kept for the next."""
+    config = replace(config, features=FeatureConfig(keep=True))
+    key = distill_stage(teacher, data, config).key
+    return cell(at / "cells" / f"{row}.json", key, lambda: measured(distill(teacher, data, at / row, config)[0], data))
 
 
 def fill(
@@ -187,10 +192,6 @@ def finished(runs: Path, seeds: list[int], wanted: list[str], data: Dataset) -> 
                     raise SystemExit(f"{path} was trained with {settings}, not as the row {row}")
             rows.setdefault(row, []).append(made[row])
     return rows
-
-
-def _student(teacher: Artifact, data: Dataset, output: Path, config: DistillConfig) -> dict[str, Any]:
-    return measured(distill(teacher, data, output, config)[0], data)
 
 
 def speeds(data: Dataset, at: Path, rows: list[str]) -> dict[str, float]:

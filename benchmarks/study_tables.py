@@ -139,6 +139,26 @@ def _accuracies(lines: Sequence[Mapping[str, Any]], reference: str) -> list[str]
     return rows
 
 
+def learning_rates(entry: dict[str, Any]) -> str:
+    """Students at several learning rates, and what each loss has at the one that validation chooses."""
+    result = entry["result"]
+    rows = [
+        "| | learning rate, decoder | NDCG@10 on validation | on test | against CE at its own |",
+        "|---|---|---|---|---|",
+    ]
+    for line in result["rows"]:
+        tested = ""
+        if found := line.get("difference"):
+            tested = f"{found['estimate']:+.4f} ({found['low']:+.4f} to {found['high']:+.4f}), p = {line['p']:.2g}"
+        name = f"{line['row']}, chosen" if line["chosen"] else line["row"]
+        rate = result["rates"]["learning_rate"] * line["factor"]
+        rows.append(f"| {name} | {rate:.2g} | {line['validation']:.4f} | {line['test']:.4f} | {tested} |")
+    note = (
+        f"Test split, {result['dataset']['num_users']:,} users; {counted(result['rows'][0]['seeds'])}; p not corrected."
+    )
+    return "\n".join([*rows, "", note])
+
+
 def prices(entry: dict[str, Any]) -> str:
     """Price of a million lists at the best measured rate."""
     rows = ["| | users/s, at best | a million lists | times cheaper than the teacher's graph |", "|---|---|---|---|"]

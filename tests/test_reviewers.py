@@ -115,3 +115,36 @@ def test_a_control_takes_one_part_of_the_teacher_away(study, tmp_path):
     assert (rows["no titles"].recipe.titles, rows["frozen table"].recipe.item_table) == ("none", "frozen")
     assert rows["random decoder"] == replace(config, backbone=str(folder))
     assert rows["no titles"].train == rows["frozen table"].train == config.train
+
+
+def test_each_loss_is_compared_at_the_learning_rate_that_validation_chooses_for_it(study):
+    rates, generator = study("learning_rates"), np.random.default_rng(0)
+
+    def cells(validation, test, *, best):
+        ranks = np.where(generator.random(400) < best, 0, -1).tolist()
+        return [{"validation": {"ndcg@10": validation}, "test": {"ndcg@10": test}, "ranks": ranks}]
+
+    worse_by_validation = cells(0.1, 0.9, best=0.9)  # highest on test: nobody may look there
+    grids = {
+        "CE": {2.0: cells(0.3, 0.2, best=0.2), 1.0: worse_by_validation},
+        "SLMRec": {1.0: cells(0.2, 0.4, best=0.4), 0.5: cells(0.1, 0.8, best=0.8)},
+    }
+    assert {row: rates.chosen(grid) for row, grid in grids.items()} == {"CE": 2.0, "SLMRec": 1.0}
+    lines = rates.compared(grids, "CE")
+    shown = [(line["row"], line["factor"], line["chosen"], line["test"]) for line in lines]
+    assert shown == [("CE", 1, False, 0.9), ("CE", 2, True, 0.2), ("SLMRec", 0.5, False, 0.8), ("SLMRec", 1, True, 0.4)]
+    assert [line["row"] for line in lines if "p" in line] == ["SLMRec"]
+    assert lines[3]["difference"]["estimate"] == pytest.approx(0.2, abs=0.07)
+    assert lines[3]["p"] < 0.01
+    result = {"rows": lines, "rates": {"learning_rate": 3e-4}, "dataset": {"num_users": 400}}
+    table = study("study_tables").learning_rates({"result": result}).splitlines()
+    assert table[3] == "| CE, chosen | 0.0006 | 0.3000 | 0.2000 |  |"
+    assert table[5].startswith("| SLMRec, chosen | 0.0003 | 0.2000 | 0.4000 | +0.")
+    assert table[-1] == "Test split, 400 users; one seed; p not corrected."
+
+
+def test_a_rate_is_the_tables_times_a_factor_and_nothing_else_of_it_differs(study):
+    base = study("slmrec_table").recipes("ml-1m", 0)[2]
+    train = study("learning_rates").at_rate(base, 2.0).train
+    assert (train.learning_rate, train.item_learning_rate) == (6e-4, 2e-3)
+    assert replace(train, learning_rate=3e-4, item_learning_rate=1e-3) == base.train
