@@ -116,7 +116,8 @@ def student_settings(teacher: DecoderModel, config: DistillConfig) -> dict[str, 
     if width > size or width % (head_dim * group):
         possible = [str(w) for w in range(head_dim * group, size, head_dim * group)]
         raise ConfigError(
-            f"hidden_size={width} is no width for heads of {head_dim}, {group} to a key",
+            f"hidden_size={width} is no width of a student of this teacher, expected are multiples of "
+            f"{head_dim * group} ({group} heads of {head_dim} to a key) up to its {size}",
             remedy=f"--hidden-size {' or '.join(possible) or size}",
         )
     heads = width // head_dim

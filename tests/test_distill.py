@@ -262,11 +262,14 @@ def test_a_narrower_student_follows_through_projections_that_it_does_not_keep(ti
 
 @pytest.mark.parametrize("width", [12, 24, 64])
 def test_a_width_that_heads_do_not_fill_is_refused(teacher, width):
-    with pytest.raises(ConfigError, match=f"cannot be copied to hidden_size={width}|hidden_size=64 is no width"):
+    with pytest.raises(ConfigError, match=f"cannot be copied to hidden_size={width}|hidden_size=64 is no width of"):
         require_distillable(teacher, config(hidden_size=width))
     require_distillable(teacher, config(hidden_size=teacher.hidden_size))
-    with pytest.raises(ConfigError, match=f"hidden_size={width} is no width"):
+    with pytest.raises(
+        ConfigError, match=rf"hidden_size={width} is no width .* multiples of 16 .* up to its 32"
+    ) as refusal:
         build_student(teacher, config(hidden_size=width, init="random"))
+    assert refusal.value.remedy == "--hidden-size 16"
 
 
 def online(**changes):

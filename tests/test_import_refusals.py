@@ -63,8 +63,8 @@ UP = "llama_model.base_model.model.layers.0.mlp.up_proj"
     ("write", "message"),
     [
         (lambda folder, _: folder, "is no folder"),
-        (bare(), "holds none of model.safetensors, pytorch_model.bin"),
-        (bare(("checkpoint-9/x", b"")), "holds none of model.safetensors"),
+        (bare(), "no adapter_config.json, no config.json, and none of model.safetensors, pytorch_model.bin"),
+        (bare(("checkpoint-9/x", b"")), "none of model.safetensors"),
         (bare(LORA), "none of adapter_model"),
         (bare(LORA, ("adapter_model.bin", b"")), "not readable as tensors"),
         (bare(("adapter_config.json", b"{")), "is not JSON"),
@@ -127,7 +127,8 @@ def test_an_adapter_has_the_layers_that_it_names(from_zero, backbone, tmp_path):
         (["--num-layers", "0"], "num_layers=0 is below 1"),
         (["--lora-alpha", "0"], "lora_alpha=0.0 is not above 0"),
         (["--max-history", "0"], "max_history=0 is below 1"),
-        (["--table", "gone.npy"], "gone.npy is no item table"),
+        (["--table", "gone.npy"], "gone.npy is no file"),
+        (["--table", __file__], "test_import_refusals.py is no item table"),
         (["--items", "gone.csv"], "gone.csv is no file of rows and items"),
         (["--backbone", "./gone"], "gone is no folder"),
     ],
@@ -167,6 +168,16 @@ def test_row_0_of_an_e4srec_table_is_no_item(from_one, backbone, e4srec, tmp_pat
     with pytest.raises(DataError, match=r"rows outside 1\.\.20"):
         import_as(from_one, tmp_path / "out", write_final(tmp_path / "final", e4srec), backbone,
                   "--items", tmp_path / "rows.csv")  # fmt: skip
+
+
+def test_an_e4srec_table_without_its_row_of_padding_is_told_to_get_one(from_one, backbone, e4srec, tmp_path):
+    state = e4srec.state_dict()
+    short = {
+        name: value[1:] if name in ("input_embeds.weight", "score.weight") else value for name, value in state.items()
+    }
+    with pytest.raises(DataError, match=r"20 rows, expected for this dataset are 21") as refusal:
+        import_as(from_one, tmp_path / "out", write_trainer(tmp_path / "in", short), backbone)
+    assert refusal.value.remedy.startswith("a row of zeros before them, in score too, or the dataset")
 
 
 def test_two_files_that_may_be_the_item_table_are_named(from_one, backbone, e4srec, tmp_path):

@@ -170,16 +170,31 @@ def test_a_state_dict_is_read_and_a_malicious_one_executes_nothing(tmp_path, set
     }
     canary = tmp_path / "canary"
     torch.save({"weight": TABLE, "x": Explosive(str(canary))}, tmp_path / "bad.pth", **settings)
-    with pytest.raises(DataError, match=r"not readable as tensors: .*open"):
+    with pytest.raises(DataError, match=r"not readable as tensors: .*open.*; nothing of it was run") as refusal:
         read_tensors(tmp_path / "bad.pth")
     assert not canary.exists()
+    assert "weights_only" not in str(refusal.value), "torch's advice to read it unsafely is not repeated"
+
+
+def test_what_torch_says_around_the_cause_is_left_out(tmp_path, recwarn):
+    (tmp_path / "bare.pth").write_bytes(pickle.dumps({"x": Explosive(str(tmp_path / "canary"))}, protocol=4))
+    torch.save({"weight": TABLE}, tmp_path / "cut.pth")
+    whole = (tmp_path / "cut.pth").read_bytes()
+    (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
+    for name, cause in (("bare", "Unsupported operand 149"), ("cut", "failed finding central directory")):
+        with pytest.raises(DataError) as refusal:
+            read_tensors(tmp_path / f"{name}.pth")
+        assert str(refusal.value).splitlines()[0].endswith(f"{cause}; nothing of it was run")
+        assert "miniz" not in str(refusal.value)
+    assert not list(recwarn)
+    assert not (tmp_path / "canary").exists()
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("t.txt", b"", "no item table"),
-        ("gone.npy", None, "no item table"),
+        ("gone.npy", None, "gone.npy is no file"),
         ("ints.npy", np.arange(6).reshape(2, 3), r"holds int64 \[2, 3\]"),
         ("line.npy", np.zeros(3, dtype=np.float32), r"\[3\]"),
         ("nan.npy", np.full((2, 2), np.nan, dtype=np.float32), "finite"),

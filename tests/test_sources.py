@@ -78,7 +78,7 @@ def test_a_decoder_that_is_not_whole_is_refused(tmp_path):
     assert len(load_backbone(str(folder), 2).decoder.layers) == 2
     with pytest.raises(ConfigError, match="4 layers were asked for, but the decoder has 3"):
         load_backbone(str(folder), 4)
-    with pytest.raises(DataError, match="has no tokenizer that loads") as refusal:
+    with pytest.raises(DataError, match=r"has no tokenizer that loads: .*\w\b") as refusal:
         load_tokenizer(folder)
     assert "--titles none" in refusal.value.remedy
     weights = load_file(folder / "model.safetensors")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from slmrec.cli.loading import choose, resolve_output
 from slmrec.cli.options import (
@@ -24,7 +25,9 @@ from slmrec.errors import ConfigError
 
 @click.command()
 @click.option("--num-layers", default=4, show_default=True, help="Decoder layers of the student.")
-@click.option("--num-blocks", default=4, show_default=True, help="Blocks whose features are matched.")
+@click.option(
+    "--num-blocks", default=4, show_default=True, help="Blocks whose features are matched, at most --num-layers."
+)
 @click.option(
     "--hidden-size", type=int, help="Width of a narrower student, with --init random  [default: the teacher's]"
 )
@@ -47,7 +50,9 @@ from slmrec.errors import ConfigError
 @click.option(
     "--magnitude-weight", type=float, help="Squared distance, lambda_2  [default: 0.1; 0 with --signal logits]"
 )
-@click.option("--supervision-weight", default=0.1, show_default=True, help="Multiple supervision, lambda_3.")
+@click.option(
+    "--supervision-weight", default=0.1, show_default=True, help="Multiple supervision, lambda_3; 0 with one block."
+)
 @click.option(
     "--l2-scale", "magnitude_scale", type=click.Choice(["hidden", "none"]), default="hidden", show_default=True
 )
@@ -128,6 +133,12 @@ def _distill_config(flags: dict[str, Any], seed: int) -> DistillConfig:
         for fields in (TrainConfig, FeatureConfig, OnlineConfig)
     )
     together = flags.pop("online")
+    given = click.get_current_context().get_parameter_source("source")
+    if together and given is not ParameterSource.DEFAULT:  # by default features are stored, and online none are
+        raise ConfigError(
+            "online, features are those of the step, wherever --features says they come from",
+            remedy="leave out --features, or leave out --online",
+        )
     if not together and online != {"signal": "features", "teacher_gradient": False}:
         raise ConfigError("--signal and --teacher-gradient belong to online distillation", remedy="--online with them")
     compares_features = online["signal"] == "features"

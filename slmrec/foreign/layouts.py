@@ -113,7 +113,8 @@ def _weights_file(folder: Path, names: Iterable[str]) -> Path:
         return found
     checkpoints = sorted(str(path) for path in folder.glob("checkpoint-*") if path.is_dir())
     remedy = f"one of {', '.join(checkpoints)}" if checkpoints else "the folder that the training wrote"
-    raise DataError(f"{folder} holds none of {', '.join(names)}", remedy=remedy)
+    others = "" if (folder / ADAPTER_CONFIG).is_file() else f"no {ADAPTER_CONFIG}, no {DECODER_CONFIG}, and "
+    raise DataError(f"{folder} holds {others}none of {', '.join(names)}", remedy=remedy)
 
 
 def _lora_alpha(path: Path) -> float:

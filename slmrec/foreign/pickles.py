@@ -3,7 +3,9 @@
 import collections
 import io
 import pickle
+import re
 import struct
+import warnings
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,6 +19,9 @@ MALFORMED = (
     OverflowError, RuntimeError, TypeError, ValueError,
 )  # fmt: skip
 """What `pickle` and `torch.load` raise for a file that is cut off, or that is something else."""
+
+ADVICE = re.compile(r"(?:Weights only load failed|\([12]\) |Check the documentation).*|.*WeightsUnpickler error:")
+"""What torch says around the cause."""
 
 REFUSED_OPCODES = (
     pickle.BUILD, pickle.INST, pickle.OBJ, pickle.NEWOBJ, pickle.NEWOBJ_EX, pickle.EXT1, pickle.EXT2, pickle.EXT4,
@@ -48,14 +53,16 @@ def read_pickle(path: Path) -> object:
 
 def load_tensors(source: Path | io.BytesIO) -> Any:
     """What `torch.save` wrote, on the CPU: tensors and plain containers, never code."""
-    return torch.load(source, weights_only=True, map_location="cpu")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)  # what cannot be read is refused
+        return torch.load(source, weights_only=True, map_location="cpu")
 
 
 def reason(error: BaseException) -> str:
-    """The line of a library's message that names the cause."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    named = [line[line.index("WeightsUnpickler error") :] for line in lines if "WeightsUnpickler error" in line]
-    return (named or lines or [type(error).__name__])[0]
+    """The sentence of a library's message that names the cause, without torch's advice to read the file unsafely."""
+    lines = [ADVICE.sub("", line).strip() for line in str(error).splitlines()]
+    named = next((line for line in lines if line), type(error).__name__)
+    return named.split(". ")[0].rstrip(".:")
 
 
 class TensorUnpickler(pickle._Unpickler):

@@ -30,9 +30,10 @@ def rows_by_order(
     if num_rows - first_row != len(items):
         expected = f"{len(items) + first_row} ({len(items)} items{' and a row 0 of padding' if first_row else ''})"
         expected += f" or {len(items)}" if first_row and padding_optional else ""
+        padding = "a row of zeros before them, in score too, or " if first_row and num_rows == len(items) else ""
         raise DataError(
             f"the item table has {num_rows} rows, expected for this dataset are {expected}",
-            remedy=f"the dataset the teacher was trained on (-d/--data), or {REMEDY}",
+            remedy=f"{padding}the dataset the teacher was trained on (-d/--data), or {REMEDY}",
         )
     return _order(items) + first_row
 

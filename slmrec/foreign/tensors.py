@@ -30,9 +30,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except (*MALFORMED, SafetensorError, OSError) as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # how torch meets some files that are cut off
             raise
+        safe = "" if path.suffix == ".safetensors" else "; nothing of it was run"
         raise DataError(
-            f"{path} is not readable as tensors: {reason(error)}",
-            remedy="copy it again, or save the state dict by safetensors.torch.save_file",
+            f"{path} is not readable as tensors: {reason(error)}{safe}",
+            remedy="copy it again, or, where you trust it, save the state dict by safetensors.torch.save_file",
         ) from None
     return _flat(found)
 
@@ -43,7 +44,9 @@ def read_table(path: Path) -> Float[Tensor, "rows dim"]:
     Raises:
         DataError: the file is missing, of another kind, not readable, or holds no matrix of finite numbers.
     """
-    if not path.is_file() or path.suffix not in TABLE_ENDINGS:
+    if not path.is_file():
+        raise DataError(f"{path} is no file", remedy="--table FILE with the item vectors")
+    if path.suffix not in TABLE_ENDINGS:
         raise DataError(f"{path} is no item table", remedy=f"--table FILE that ends in {', '.join(TABLE_ENDINGS)}")
     if path.suffix == ".npy":
         table = _read_numpy(path)

@@ -68,7 +68,7 @@ def load_tokenizer(backbone: Path) -> Any:
         return AutoTokenizer.from_pretrained(backbone)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"the backbone {backbone} has no tokenizer that loads: {str(error).splitlines()[0]}",
+            f"the backbone {backbone} has no tokenizer that loads: {' '.join(str(error).split()).split('. ')[0]}",
             remedy="its tokenizer.json beside config.json, or --prompt none --titles none",
         ) from None
 
