@@ -32,7 +32,7 @@ class Mutation(NamedTuple):
 
 
 MUTATIONS = (
-    Mutation("direction: 2 - cos", "compress/losses.py", "return 1 - F.cos", "return 2 - F.cos"),
+    Mutation("direction: 2 - cos", "compress/losses.py", "return 1 - cos", "return 2 - cos"),
     Mutation(
         "magnitude: a sum for the difference",
         "compress/losses.py",

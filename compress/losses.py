@@ -2,6 +2,7 @@
 
 from jaxtyping import Float
 from torch import Tensor
+from torch.linalg import vector_norm
 from torch.nn import functional as F
 
 Features = Float[Tensor, "targets hidden"]
@@ -13,7 +14,10 @@ def direction_loss(student: Features, teacher: Features) -> Float[Tensor, ""]:
 
     A mean over targets, so its scale does not depend on the batch. Detach the teacher to keep it frozen. SLMRec eq. 3.
     """
-    return 1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1).mean()
+    student, teacher = student.float(), teacher.float()
+    lengths = vector_norm(student, dim=-1) * vector_norm(teacher, dim=-1)  # dividing the vectors takes twice as long
+    cosines: Tensor = (student * teacher).sum(dim=-1) / lengths.clamp_min(1e-8)
+    return 1 - cosines.mean()
 
 
 def magnitude_loss(

@@ -77,9 +77,9 @@ class DistillObjective(nn.Module):
         is_kept = feature_targets(batch, has_prefix=self.student.spec.prefix_length > 0)
         count, kept = len(is_kept), is_kept.nonzero()[:, 0]
         share = (1 / config.num_blocks if config.loss == "paper" else 1.0) * len(features) / count
-        norms = batch.feature_norms
+        features, norms = features.float(), batch.feature_norms
         if norms is None:
-            norms = features.detach().float().pow(2).sum(dim=(0, 2)) / count
+            norms = features.detach().pow(2).sum(dim=(0, 2)) / count
         for block, end in enumerate(self.ends):
             ours = self.projections[block](read[end].index_select(0, kept).float())
             theirs = features[:, block]
@@ -144,16 +144,16 @@ def supervision_adapters(model: DecoderModel, config: DistillConfig) -> nn.Modul
 def head_logits(model: DecoderModel, adapters: nn.ModuleList, read: ReadStates) -> list[Tensor]:
     """Scores of the catalogue, in fp32: by each adapter from the end of its block, and by the model's head last.
 
-    The catalogue's vectors are computed once, and all scores of a tied head in one product.
+    The catalogue's vectors are computed once.
     """
     last = model.num_layers - 1
     if model.user_proj is None:
         return [model.logits(read[last])]
     ends = block_ends(model.num_layers, len(adapters) + 1)
     with torch.autocast(read[last].device.type, enabled=False):
+        items = model.item_outputs().T
         heads = zip([*adapters, model.user_proj], ends, strict=True)
-        users = torch.cat([head(read[end].float()) for head, end in heads])
-        return list(torch.split(users @ model.item_outputs().T, len(read[last])))
+        return [head(read[end].float()) @ items for head, end in heads]
 
 
 def read_states(model: DecoderModel, ends: Sequence[int], batch: Batch) -> dict[int, Tensor]:
