@@ -1,11 +1,11 @@
 """Is it the learning rate? Students at several, each loss at the one that validation chooses.
 
     python benchmarks/learning_rates.py ml-100k
-    python benchmarks/learning_rates.py ml-1m --data ../shared/data/ml-1m --rows CE --as-tabled SLMRec
+    python benchmarks/learning_rates.py ml-1m --data ../shared/data/ml-1m
 
 The rates of decoder and items are the table's (`slmrec_table.py`) times each of --factors, all else is the table's, and
-so are its SASRec, teacher and cells where they are below --runs. Rows --as-tabled have the table's rate alone, so that
-only the others may choose. Finished cells are kept, and an interrupted run goes on where it was.
+so are its SASRec, teacher and cells where they are below --runs. Finished cells are kept, and an interrupted run goes
+on where it was.
 """
 
 import argparse
@@ -61,25 +61,23 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with sequences.txt and titles.tsv; not for ml-100k")
     parser.add_argument("--runs", type=Path)
     parser.add_argument("--seeds", default="0")
-    parser.add_argument("--rows", default="CE,SLMRec", help="losses that choose; CE is what others are tested against")
-    parser.add_argument("--as-tabled", default="", help="losses at the table's rate alone")
+    parser.add_argument("--rows", default="CE,SLMRec", help="losses; CE is what the others are tested against")
     parser.add_argument("--factors", default="0.5,2", help="of the table's rate, besides 1")
     arguments = parser.parse_args()
     runs = arguments.runs or Path("runs") / f"table-{arguments.name}"
     data = prepared(arguments.name, arguments.data, runs)
-    choosing, tabled = arguments.rows.split(","), [row for row in arguments.as_tabled.split(",") if row]
-    grids: dict[str, dict[float, list[dict[str, Any]]]] = {row: {} for row in [*choosing, *tabled]}
+    grids: dict[str, dict[float, list[dict[str, Any]]]] = {row: {} for row in arguments.rows.split(",")}
     for seed in (int(text) for text in arguments.seeds.split(",")):
         at, config = runs / f"seed-{seed}", recipes(arguments.name, seed)[2]
         teacher, _ = fill_teacher(arguments.name, data, at, seed, ["teacher"])
         assert teacher is not None
         for row, made in fill_students(arguments.name, data, teacher, at, seed, list(grids)).items():
             grids[row].setdefault(1.0, []).append(made)
-        for row in choosing:
+        for row, grid in grids.items():
             for factor in (float(text) for text in arguments.factors.split(",")):
                 student = at_rate(replace(config, **STUDENTS[row]), factor)
                 made = student_cell(data, teacher, at, f"{row} x {factor:g}", student)
-                grids[row].setdefault(factor, []).append(made)
+                grid.setdefault(factor, []).append(made)
     lines = compared(grids, "CE")
     train = config.train
     rates = {"learning_rate": train.learning_rate, "item_learning_rate": train.item_learning_rate}
