@@ -13,7 +13,7 @@ from typing import Any
 
 from choosing import choosing, item_scaling
 from scale_tables import bulk, scale, scale_bytes
-from study_tables import controls, depth_study, prices, request_times, reviewers, slmrec
+from study_tables import controls, depth_study, learning_rates, prices, request_times, reviewers, slmrec
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -300,6 +300,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "slmrec_ml_1m": slmrec,
     "slmrec_beauty_terms": slmrec,
     "slmrec_ml_1m_terms": slmrec,
+    "learning_rates_ml_1m": learning_rates,
     "request_times_beauty": request_times,
     "request_times_ml_1m": request_times,
     "depth_study": depth_study,
