@@ -215,7 +215,8 @@ def test_recommend_maps_external_ids_and_keeps_the_order(runs, tmp_path):
         (["recommend", "99999"], "99999"),
     ],
 )
-def test_bad_input_is_a_message_with_a_remedy(runs, arguments, message):
+def test_bad_input_is_a_message_with_a_remedy(runs, arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     before = sorted(path.name for path in runs.iterdir())
     with pytest.raises(SlmrecError, match=message) as caught:
         call(runs, *[argument.format(runs=runs) for argument in arguments])
