@@ -151,7 +151,7 @@ MUTATIONS = (
 )
 
 
-UNBROKEN = Mutation("nothing", "compress/losses.py", "return 1 - F.cos", "return 1 - F.cos")
+UNBROKEN = Mutation("nothing", "compress/losses.py", "return 1 - cos", "return 1 - cos")
 
 
 def outcome(mutation: Mutation) -> dict[str, Any]:

@@ -148,3 +148,10 @@ def test_a_rate_is_the_tables_times_a_factor_and_nothing_else_of_it_differs(stud
     train = study("learning_rates").at_rate(base, 2.0).train
     assert (train.learning_rate, train.item_learning_rate) == (6e-4, 2e-3)
     assert replace(train, learning_rate=3e-4, item_learning_rate=1e-3) == base.train
+
+
+def test_every_line_that_is_broken_by_hand_stands_once_in_its_file(study):
+    study = study("mutations")
+    for mutation in (study.UNBROKEN, *study.MUTATIONS):
+        text = (BENCHMARKS.parent / mutation.path).read_text(encoding="utf-8")
+        assert text.count(mutation.found) == 1, mutation.name
