@@ -8,7 +8,6 @@ that were never pretrained, under the pretrained token embeddings, from which ti
 and teacher that `slmrec_table.py` left in --runs are used again, and finished cells are found again.
 """
 
-import argparse
 import json
 import shutil
 from dataclasses import replace
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from cells import cell, measured, summarize
 from recording import record
-from slmrec_table import fill_teacher, prepared, recipes
+from slmrec_table import fill_teacher, prepared, recipes, table_parser
 
 from slmrec.artifact import open_artifact
 from slmrec.config import TeacherConfig
@@ -51,11 +50,7 @@ def variants(config: TeacherConfig, at: Path) -> dict[str, TeacherConfig]:
 
 def main() -> None:
     """Fill the cells, compare and record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=["ml-100k", "beauty", "ml-1m"])
-    parser.add_argument("--data", type=Path, help="folder with sequences.txt and titles.tsv; not for ml-100k")
-    parser.add_argument("--runs", type=Path)
-    parser.add_argument("--seeds", default="0")
+    parser = table_parser(__doc__)
     parser.add_argument("--rows", default="no titles,frozen table,random decoder")
     arguments = parser.parse_args()
     runs = arguments.runs or Path("runs") / f"table-{arguments.name}"

@@ -8,7 +8,6 @@ so are its SASRec, teacher and cells where they are below --runs. Finished cells
 on where it was.
 """
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 from cells import user_ndcg
 from recording import record
-from slmrec_table import STUDENTS, fill_students, fill_teacher, prepared, recipes, student_cell
+from slmrec_table import STUDENTS, fill_students, fill_teacher, prepared, recipes, student_cell, table_parser
 
 from slmrec.compress_config import DistillConfig
 from slmrec.metrics import compare
@@ -56,11 +55,7 @@ def compared(grids: Mapping[str, Mapping[float, Cells]], against: str) -> list[d
 
 def main() -> None:
     """Fill the cells, choose, compare and record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=["ml-100k", "beauty", "ml-1m"])
-    parser.add_argument("--data", type=Path, help="folder with sequences.txt and titles.tsv; not for ml-100k")
-    parser.add_argument("--runs", type=Path)
-    parser.add_argument("--seeds", default="0")
+    parser = table_parser(__doc__)
     parser.add_argument("--rows", default="CE,SLMRec", help="losses; CE is what the others are tested against")
     parser.add_argument("--factors", default="0.5,2", help="of the table's rate, besides 1")
     arguments = parser.parse_args()

@@ -206,13 +206,19 @@ def speeds(data: Dataset, at: Path, rows: list[str]) -> dict[str, float]:
     return {row: timing.latency()["p50_ms"] for row, timing in timings.items()}
 
 
-def main() -> None:
-    """Fill the cells, summarize and record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def table_parser(description: str | None) -> argparse.ArgumentParser:
+    """What every script asks that works on a table's data set: its name and files, where its runs lie, the seeds."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=["ml-100k", "beauty", "ml-1m"])
     parser.add_argument("--data", type=Path, help="folder with sequences.txt and titles.tsv; not for ml-100k")
     parser.add_argument("--runs", type=Path)
     parser.add_argument("--seeds", default="0")
+    return parser
+
+
+def main() -> None:
+    """Fill the cells, summarize and record."""
+    parser = table_parser(__doc__)
     parser.add_argument("--rows", help="comma-separated; default all", default=",".join(["teacher", *STUDENTS]))
     parser.add_argument("--one-teacher", action="store_true", help="students of all seeds follow the first's teacher")
     parser.add_argument("--repeat", help="rows that every seed has; default all of --rows")
